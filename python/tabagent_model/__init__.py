@@ -1,0 +1,88 @@
+"""Local language models in your Python process: a Rust core over llama.cpp.
+
+```python
+from tabagent_model import Model
+
+model = Model.load()
+print(model.generate("Once upon a time", max_tokens=64))
+```
+"""
+
+from __future__ import annotations
+
+from . import _core, _native
+from .errors import (
+    BackendError,
+    ContextLimitExceededError,
+    ContextTooSmallError,
+    ForkedProcessError,
+    GenerationCancelled,
+    GenerationTimeoutError,
+    InternalError,
+    InvalidFormatError,
+    InvalidModelError,
+    InvalidRequestError,
+    LoadCancelledError,
+    ModelCorruptedError,
+    ModelNotFoundError,
+    ModelNotLoadedError,
+    OutOfMemoryError,
+    QueueFullError,
+    SamplingError,
+    TabAgentModelError,
+    TokenizationError,
+    UnreadableModelError,
+    UnsupportedModelError,
+)
+from .model import AsyncModel, Model, inspect
+from .params import GenerationConfig, ModelConfig
+from .results import Completion, InferenceMetrics, ModelDescription, Usage
+from .stream import AsyncTextStream, TextStream
+
+_native.check_folder()
+
+PyContext = _core.PyContext
+PyModel = _core.PyModel
+get_cpu_variant = _core.get_cpu_variant
+get_optimal_binary = _core.get_optimal_binary
+__version__ = _core.__version__
+
+__all__ = [
+    "AsyncModel",
+    "AsyncTextStream",
+    "BackendError",
+    "Completion",
+    "ContextLimitExceededError",
+    "ContextTooSmallError",
+    "ForkedProcessError",
+    "GenerationCancelled",
+    "GenerationConfig",
+    "GenerationTimeoutError",
+    "InferenceMetrics",
+    "InternalError",
+    "InvalidFormatError",
+    "InvalidModelError",
+    "InvalidRequestError",
+    "LoadCancelledError",
+    "Model",
+    "ModelConfig",
+    "ModelCorruptedError",
+    "ModelDescription",
+    "ModelNotFoundError",
+    "ModelNotLoadedError",
+    "OutOfMemoryError",
+    "PyContext",
+    "PyModel",
+    "QueueFullError",
+    "SamplingError",
+    "TabAgentModelError",
+    "TextStream",
+    "TokenizationError",
+    "UnreadableModelError",
+    "UnsupportedModelError",
+    "Usage",
+    "__version__",
+    "get_cpu_variant",
+    "get_optimal_binary",
+    "inspect",
+]

@@ -1,0 +1,204 @@
+"""The native core: llama.cpp behind plain values.
+
+Everything here is callable from any thread; whatever takes time lets go of the GIL.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, TypedDict
+
+from typing_extensions import Self
+
+__version__: str
+LLAMA_CPP_VERSION: str
+
+class PyModel:
+    """Weights and vocabulary of one GGUF file."""
+
+    def __init__(self) -> None: ...
+    def load(
+        self,
+        model_path: str | None = None,
+        *,
+        dll_path: str | None = None,
+        gpu_layers: int = 0,
+        mlock: bool = False,
+        mmap: bool = True,
+        main_gpu: int = 0,
+        vocab_only: bool = False,
+        split_mode: Literal["none", "layer", "row"] = "layer",
+        progress: Callable[[float], bool | None] | None = None,
+        library_path: str | None = None,
+        n_gpu_layers: int | None = None,
+        use_mlock: bool | None = None,
+    ) -> None:
+        """Read a model file. `progress` gets 0.0 to 1.0; returning False stops the load.
+
+        `dll_path` and `library_path` are accepted for old callers and ignored: the package brings
+        its own llama.cpp.
+        """
+    def unload(self, timeout: float = 5.0) -> UnloadReport:
+        """End running requests, free contexts, then weights. A second call does nothing."""
+    @property
+    def is_loaded(self) -> bool: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def gpu_layers(self) -> int:
+        """How many layers really lie on a GPU."""
+    @property
+    def load_time_ms(self) -> float: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def n_params(self) -> int: ...
+    def vocab_size(self) -> int: ...
+    def context_train_size(self) -> int: ...
+    def embedding_dim(self) -> int: ...
+    def layer_count(self) -> int: ...
+    def token_bos(self) -> int:
+        """The id of the begin-of-text token, -1 if the model has none; so for the other two."""
+    def token_eos(self) -> int: ...
+    def token_nl(self) -> int: ...
+    def is_eog(self, token: int) -> bool: ...
+    def metadata(self) -> dict[str, str]: ...
+    def chat_template(self) -> str | None: ...
+    def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Text to ids. Control tokens written in `text` stay plain text unless `special`."""
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> str: ...
+    def token_to_bytes(self, token: int, special: bool = False) -> bytes: ...
+    def create_context(
+        self,
+        n_ctx: int = 4096,
+        n_batch: int = 512,
+        n_threads: int = 0,
+        *,
+        n_seq_max: int = 0,
+        queue_size: int = 1024,
+        flash_attn: Literal["auto", "on", "off"] = "auto",
+        kv_type: Literal["f16", "bf16", "f32", "q8_0"] = "f16",
+        offload_kqv: bool = True,
+    ) -> PyContext:
+        """A llama.cpp context with an owner thread of its own.
+
+        Each of its `n_seq_max` sequences (0: as many as the memory suggests, at most 8) has room
+        for `n_ctx` tokens, at most what the model was trained with. `n_threads=0` means the
+        physical cores this process may use, at most 8.
+        """
+    def generate(self, prompt: str | Sequence[int], max_tokens: int = 100, **sampling: Any) -> str: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+class UnloadReport(TypedDict):
+    """What came back: the process's resident memory around the unload."""
+
+    was_loaded: bool
+    rss_before_mb: float
+    rss_after_mb: float
+    freed_mb: float
+
+class PyContext:
+    """One llama.cpp context, its owner thread, and the requests that run in it together."""
+
+    def submit(
+        self, request_id: int, prompt: str | Sequence[int], params: Mapping[str, Any]
+    ) -> None:
+        """Hand a request to the owner thread.
+
+        `params` has the fields of GenerationConfig; a missing one has its default, an unknown one
+        is refused. What is wrong with the request is raised here, before it is queued.
+        """
+    def abort(self, request_id: int) -> None:
+        """Ask for the end of a request; its last event says `cancelled`. Unknown ids are fine."""
+    def next_events(self) -> list[Event]:
+        """Sleep until a step has produced something. An empty list means that it is closed."""
+    def close(self) -> None:
+        """End every request with a last event, free the context, wake `next_events`."""
+    @property
+    def is_closed(self) -> bool: ...
+    @property
+    def n_ctx(self) -> int:
+        """How many tokens one sequence can hold."""
+    @property
+    def n_batch(self) -> int: ...
+    @property
+    def n_seq_max(self) -> int: ...
+    @property
+    def n_threads(self) -> int: ...
+    def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]: ...
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> str: ...
+    def token_to_text(self, token: int) -> str: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 512,
+        *,
+        callback: Callable[[str], bool | None] | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Submit one request and wait for its text. `callback` gets the pieces; False stops."""
+    def metrics(self) -> dict[str, int]:
+        """running, waiting, requests, prompt_tokens, cached_tokens, generated_tokens, steps."""
+
+class Event:
+    """News of one request. Every request gets exactly one event with `is_last`."""
+
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def text(self) -> str:
+        """Whole characters only; may be empty while one is incomplete or a stop string may begin."""
+    @property
+    def tokens(self) -> list[int]:
+        """The ids sampled since the last event, without the end-of-generation token."""
+    @property
+    def is_last(self) -> bool: ...
+    @property
+    def finish_reason(self) -> Literal["stop", "length", "cancelled", "error"] | None: ...
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the text."""
+    @property
+    def error(self) -> Exception | None:
+        """An exception of tabagent_model.errors, when `finish_reason` is `error`."""
+    @property
+    def stats(self) -> dict[str, float] | None:
+        """With the last event: prompt_tokens, cached_tokens, generated_tokens, seed, n_ctx, and in
+        milliseconds from submit: queue_ms, prompt_ms, first_token_ms, decode_ms, total_ms."""
+
+def inspect_gguf(path: str) -> dict[str, Any]:
+    """Check a model file without loading it, and describe it."""
+
+def start(folder: str, module: str) -> None:
+    """Load the CPU module `module` from `folder` and start llama.cpp; once per process."""
+
+def cpu_modules(folder: str) -> list[tuple[str, int]]:
+    """The CPU modules in `folder` that this machine can run, best first, with their scores."""
+
+def probe_cpu_module(folder: str, module: str) -> None:
+    """Multiply a matrix of each weight type on that module; for a throw-away child process."""
+
+def take_log() -> list[tuple[Literal["debug", "info", "warning", "error"], str]]:
+    """Sleep until llama.cpp has logged something, and take it. An empty list: shutting down."""
+
+def stop_log() -> None: ...
+def after_fork() -> None:
+    """Mark everything loaded as belonging to the parent."""
+
+def get_cpu_variant() -> str: ...
+def get_optimal_binary(
+    binary_name: str | None = None,
+    *,
+    base_path: str = "BitNet/Release",
+    platform: str | None = None,
+    must_exist: bool = False,
+) -> str: ...
+def detect_cpu() -> dict[str, Any]: ...
+def process_rss_mb() -> float: ...
+def _inject(fault: str) -> None:
+    """For tests: `panic`, `throw` or `panic-in-step` happens here or in the next step."""

@@ -1,0 +1,275 @@
+"""Carries the events of a context to whoever waits for them.
+
+    Rust: one list of events per step ──▶ Courier (one thread) ──┬──▶ Inbox      of a thread
+                                                                 └──▶ LoopInbox  of an event loop
+
+A request is registered before it is submitted, so no event can be early; its inbox is forgotten
+with the event that is the last. However it ends, every inbox gets a last event.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
+
+from .errors import (
+    ForkedProcessError,
+    InternalError,
+    ModelNotLoadedError,
+    TabAgentModelError,
+)
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Future
+
+
+class Event(Protocol):
+    """What `_core.Event` and `testing.ScriptedEvent` have in common."""
+
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def is_last(self) -> bool: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def stop(self) -> str | None: ...
+    @property
+    def error(self) -> Exception | None: ...
+    @property
+    def stats(self) -> Mapping[str, float] | None: ...
+
+
+class Context(Protocol):
+    """What `_core.PyContext` and `testing.ScriptedContext` have in common, as far as we use it."""
+
+    @property
+    def is_closed(self) -> bool: ...
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def n_batch(self) -> int: ...
+    @property
+    def n_seq_max(self) -> int: ...
+    @property
+    def n_threads(self) -> int: ...
+    def submit(self, request_id: int, prompt: Any, params: Mapping[str, Any]) -> None: ...
+    def abort(self, request_id: int) -> None: ...
+    def next_events(self) -> Sequence[Event]: ...
+    def close(self) -> None: ...
+    def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]: ...
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> str: ...
+    def metrics(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how it is to be answered."""
+
+    id: int
+    prompt: str | list[int]
+    params: Mapping[str, Any]
+
+
+class Courier(threading.Thread):
+    """The thread that sleeps in `next_events`, and the door through which requests go in.
+
+    It wakes once per step, and wakes each event loop at most once per step, however many
+    streams that loop has.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(name="tabagent-courier", daemon=True)
+        self._context = context
+        self._inboxes: dict[int, Inbox | LoopInbox] = {}
+        self._lock = threading.Lock()
+        self._end: TabAgentModelError | None = None
+        _couriers.add(self)
+        self.start()
+
+    def send(self, request: Request, inbox: Inbox | LoopInbox) -> None:
+        """Submit a request. What is wrong with it is raised here, and then no event will come."""
+        with self._lock:  # against a goodbye that would miss this inbox
+            self.check()
+            self._inboxes[request.id] = inbox
+        try:
+            self._context.submit(request.id, request.prompt, request.params)
+        except BaseException:
+            self._inboxes.pop(request.id, None)
+            raise
+
+    def abort(self, request_id: int) -> None:
+        """Ask for the end of a request; its last event still comes."""
+        if self._end is None:
+            with suppress(TabAgentModelError):  # closed in the meantime: it ends anyway
+                self._context.abort(request_id)
+
+    def abandon(self, request_id: int) -> None:
+        """End a request whose reader is gone."""
+        self._inboxes.pop(request_id, None)
+        self.abort(request_id)
+
+    def close(self) -> None:
+        """End every request and close the context. A second call does nothing."""
+        if self.is_foreign:
+            return
+        self._context.close()
+        if threading.current_thread() is not self:
+            self.join(timeout=1.0)
+
+    def carries(self, request_id: int) -> bool:
+        """Whether the last event of a request is still to come."""
+        return request_id in self._inboxes
+
+    def check(self) -> None:
+        """Raise what keeps requests from being carried, if anything does."""
+        if self._end is not None:
+            raise copy(self._end)  # one that is raised again and again would grow its traceback
+
+    def check_owner(self) -> None:
+        """Raise if this process is a fork of the one that loaded the model."""
+        if self.is_foreign:
+            self.check()
+
+    @property
+    def is_foreign(self) -> bool:
+        return isinstance(self._end, ForkedProcessError)
+
+    def disown(self) -> None:
+        """In a forked child: neither the thread nor the context came along."""
+        self._lock = threading.Lock()
+        self._inboxes = {}
+        self._end = ForkedProcessError(
+            "the model belongs to the parent of this forked process",
+            hint="load the model in the child, or start the child with the `spawn` method",
+        )
+
+    def run(self) -> None:
+        end: TabAgentModelError
+        try:
+            while events := self._context.next_events():
+                self._carry(events)
+            end = ModelNotLoadedError("the model was unloaded", hint="load it again")
+        except TabAgentModelError as error:
+            end = error
+        except Exception as error:
+            end = InternalError(f"no more events can be carried: {error!r}")
+        with self._lock:
+            self._end = end
+            orphans = list(self._inboxes)
+        self._carry([_Goodbye(request_id, copy(end)) for request_id in orphans])
+
+    def _carry(self, events: Sequence[Event]) -> None:
+        by_loop: dict[AbstractEventLoop, list[tuple[LoopInbox, Event]]] = {}
+        for event in events:
+            inbox = self._inboxes.get(event.request_id)
+            if isinstance(inbox, Inbox):
+                inbox.put(event)
+            elif inbox is not None:
+                by_loop.setdefault(inbox.loop, []).append((inbox, event))
+            if event.is_last:  # forgotten only now: what is not carried any more has arrived
+                self._inboxes.pop(event.request_id, None)
+        for loop, letters in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, letters)
+            except RuntimeError:  # the loop was closed, and with it went every reader
+                for _, event in letters:
+                    self.abandon(event.request_id)
+
+
+class Inbox:
+    """Where the events of a reader lie that is a thread."""
+
+    def __init__(self) -> None:
+        self._letters: SimpleQueue[Event] = SimpleQueue()
+
+    def put(self, event: Event) -> None:
+        self._letters.put(event)
+
+    def get(self) -> Event:
+        """Wait for the next event. Ctrl-C interrupts the wait."""
+        while (event := self.get_within(_POLL_S)) is None:
+            pass
+        return event
+
+    def get_within(self, seconds: float | None) -> Event | None:
+        try:
+            return self._letters.get(timeout=seconds)
+        except Empty:
+            return None
+
+
+class LoopInbox:
+    """Where the events of readers lie that are tasks of an event loop."""
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        self.loop = loop
+        self._letters: deque[Event] = deque()
+        self._waiters: list[Future[None]] = []
+
+    def put(self, event: Event) -> None:
+        """Only in the thread of the loop."""
+        self._letters.append(event)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def get(self) -> Event:
+        while not self._letters:
+            waiter = self.loop.create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiters.remove(waiter)
+        return self._letters.popleft()
+
+
+def close_all() -> None:
+    """At exit: no thread of ours may be in Rust when Python takes itself apart."""
+    for courier in list(_couriers):
+        with suppress(Exception):
+            courier.close()
+
+
+def disown_all() -> None:
+    """In a forked child: what was loaded belongs to the parent."""
+    for courier in list(_couriers):
+        courier.disown()
+
+
+@dataclass(frozen=True)
+class _Goodbye:
+    """The last event of a request that the context can no longer answer."""
+
+    request_id: int
+    error: Exception
+    text: str = ""
+    tokens: Sequence[int] = ()
+    is_last: bool = True
+    finish_reason: str = "error"
+    stop: str | None = None
+    stats: Mapping[str, float] | None = None
+
+
+_couriers: WeakSet[Courier] = WeakSet()
+
+# Windows' locks do not hear Ctrl-C while they wait.
+_POLL_S = 0.1 if sys.platform == "win32" else None
+
+
+def _deliver(letters: list[tuple[LoopInbox, Event]]) -> None:
+    for inbox, event in letters:
+        inbox.put(event)

@@ -1,0 +1,144 @@
+"""The native core, and the choice of the CPU module that it computes with.
+
+The package carries one build of llama.cpp's CPU code for each generation of processors. The best
+one that this processor and its operating system announce is tried once in a child process, since
+some announce what they cannot run; the verdict is remembered, and the next one down is taken when
+a module dies. `TABAGENT_CPU_VARIANT` names a module and skips all that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+# libggml installs a terminate handler at load that would start a debugger from a dying process.
+_was_set = os.environ.get("GGML_NO_BACKTRACE")
+os.environ["GGML_NO_BACKTRACE"] = "1"
+try:
+    from . import _core as core
+finally:
+    if _was_set is None:
+        del os.environ["GGML_NO_BACKTRACE"]
+    else:
+        os.environ["GGML_NO_BACKTRACE"] = _was_set
+
+from .errors import BackendError, InvalidRequestError
+
+LIBRARIES = Path(__file__).parent / "lib"
+PROBE_SECONDS = 30
+
+_log = logging.getLogger("tabagent_model")
+_starting = threading.Lock()
+_module: str | None = None
+
+
+def start() -> str:
+    """Load the CPU module and start llama.cpp, once; the name of the module."""
+    global _module
+    with _starting:
+        if _module is None:
+            name = choose()
+            core.start(str(LIBRARIES), name)
+            _log.info("llama.cpp %s with the CPU module %s", core.LLAMA_CPP_VERSION, name)
+            _module = name
+        return _module
+
+
+def choose() -> str:
+    """The best CPU module that survives its trial, or the one that the environment names."""
+    usable = [name for name, _ in core.cpu_modules(str(LIBRARIES))]
+    wanted = os.environ.get("TABAGENT_CPU_VARIANT")
+    if wanted:
+        if wanted not in usable:
+            names = ", ".join(usable)
+            raise InvalidRequestError(
+                f"`TABAGENT_CPU_VARIANT` must be one of {names}, got {wanted}", name="cpu_variant"
+            )
+        return wanted
+    verdicts = _Verdicts()
+    for name in usable:
+        if verdicts.survives(name):
+            return name
+        _log.warning("the CPU module %s died in its trial; trying the next one", name)
+    raise BackendError(
+        f"no usable llama.cpp backend in `{LIBRARIES}`: all of {', '.join(usable)} died in a trial"
+    )
+
+
+def check_folder() -> None:
+    """An ImportError at once where the package's libraries are missing, not at the first load."""
+    if not any(LIBRARIES.glob("*ggml-cpu*")):
+        found = ", ".join(sorted(p.name for p in LIBRARIES.glob("*"))) or "nothing"
+        raise BackendError(f"no usable llama.cpp backend in `{LIBRARIES}`: found {found}")
+
+
+class _Verdicts:
+    """What earlier trials of this installation on this processor said."""
+
+    def __init__(self) -> None:
+        cpu = core.detect_cpu()
+        self._key = f"{cpu['brand']}|{core.__version__}|{core.LLAMA_CPP_VERSION}|{LIBRARIES}"
+        home = os.environ.get("TABAGENT_HOME")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tabagent_model"
+        self._file = (Path(home) if home else cache) / "cpu-modules.json"
+
+    def survives(self, name: str) -> bool:
+        known = self._read().get(self._key, {})
+        if name not in known:
+            known = {**known, name: _try_module(name)}
+            self._write({**self._read(), self._key: known})
+        return bool(known[name])
+
+    def _read(self) -> dict[str, dict[str, bool]]:
+        try:
+            verdicts = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return verdicts if isinstance(verdicts, dict) else {}
+
+    def _write(self, verdicts: dict[str, dict[str, bool]]) -> None:
+        """Remembering is a convenience: a home that cannot be written only costs time."""
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._file.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(verdicts, indent=1), encoding="utf-8")
+            temporary.replace(self._file)
+        except OSError as error:
+            _log.info("the CPU module's verdict cannot be remembered: %s", error)
+
+
+def _try_module(name: str) -> bool:
+    """Let a child process compute with the module; False if that ends it."""
+    if not sys.executable:
+        _log.warning("no Python executable to try the CPU module %s with; taking it untried", name)
+        return True
+    # The extension is loaded by its path, so that the trial runs nothing but the module.
+    program = (
+        "import importlib.machinery, importlib.util, sys;"
+        "loader = importlib.machinery.ExtensionFileLoader('_core', sys.argv[1]);"
+        "spec = importlib.util.spec_from_file_location('_core', sys.argv[1], loader=loader);"
+        "core = importlib.util.module_from_spec(spec); loader.exec_module(core);"
+        "core.probe_cpu_module(sys.argv[2], sys.argv[3])"
+    )
+    command = [sys.executable, "-I", "-c", program, str(core.__file__), str(LIBRARIES), name]
+    try:
+        tried = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=PROBE_SECONDS,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _log.warning("the trial of the CPU module %s did not end: %s", name, error)
+        return False
+    if tried.returncode:
+        last = tried.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        _log.warning("the trial of %s ended with %s: %s", name, tried.returncode, "".join(last))
+    return tried.returncode == 0

@@ -1,0 +1,154 @@
+"""Everything that can go wrong, as one tree of exceptions.
+
+TabAgentModelError (RuntimeError)
+├── ModelNotFoundError (FileNotFoundError)
+├── UnreadableModelError (OSError)
+├── InvalidModelError (ValueError)
+│   ├── InvalidFormatError          the file is something else
+│   └── ModelCorruptedError         the file is a model, but damaged
+├── UnsupportedModelError           a sound model that cannot be run here
+├── LoadCancelledError
+├── BackendError (ImportError)      no usable llama.cpp library in the package's folder
+├── OutOfMemoryError (MemoryError)
+├── ContextTooSmallError            llama.cpp could not make the context that was asked for
+├── InvalidRequestError (ValueError)
+│   └── ContextLimitExceededError   the prompt does not fit the context
+├── TokenizationError (ValueError)
+├── SamplingError
+├── GenerationTimeoutError (TimeoutError)
+├── GenerationCancelled             somebody else cancelled the request one waits for
+├── QueueFullError
+├── ModelNotLoadedError
+├── ForkedProcessError
+├── HardwareError                   the processor cannot be identified
+├── BinaryNotFoundError (FileNotFoundError)
+└── InternalError
+
+Each message names the thing and the numbers; `hint`, where there is one, can be typed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class TabAgentModelError(RuntimeError):
+    """The base of them all. Further facts are keywords and become attributes."""
+
+    hint: str | None
+
+    def __init__(self, message: str = "", *, hint: str | None = None, **facts: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self._facts = facts
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    def __str__(self) -> str:
+        return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.message, self.hint, self._facts)
+
+
+def _restore(
+    kind: type[TabAgentModelError], message: str, hint: str | None, facts: dict[str, Any]
+) -> TabAgentModelError:
+    return kind(message, hint=hint, **facts)
+
+
+class ModelNotFoundError(TabAgentModelError, FileNotFoundError):
+    """There is no model file at that path."""
+
+
+class UnreadableModelError(TabAgentModelError, OSError):
+    """The operating system refused to read the model file."""
+
+
+class InvalidModelError(TabAgentModelError, ValueError):
+    """The file is no model that can be trusted."""
+
+
+class InvalidFormatError(InvalidModelError):
+    """The file is something else than a GGUF model; the message says what."""
+
+
+class ModelCorruptedError(InvalidModelError):
+    """The file is a GGUF model, but it contradicts itself or ends too early."""
+
+
+class UnsupportedModelError(TabAgentModelError):
+    """The model is sound, but this build cannot run it."""
+
+
+class LoadCancelledError(TabAgentModelError):
+    """The progress callback asked the load to stop."""
+
+
+class BackendError(TabAgentModelError, ImportError):
+    """The package's folder holds no llama.cpp library that runs on this machine."""
+
+
+class OutOfMemoryError(TabAgentModelError, MemoryError):
+    """Not enough memory; `needed` and `free` are bytes."""
+
+    needed: int
+    free: int
+
+
+class ContextTooSmallError(TabAgentModelError):
+    """llama.cpp could not create a context of the size that was asked for."""
+
+
+class InvalidRequestError(TabAgentModelError, ValueError):
+    """A parameter is out of its range; `name` says which."""
+
+    name: str
+
+
+class ContextLimitExceededError(InvalidRequestError):
+    """The prompt needs `required` tokens and the context has `max`."""
+
+    max: int
+    required: int
+
+
+class TokenizationError(TabAgentModelError, ValueError):
+    """The text cannot be turned into tokens."""
+
+
+class SamplingError(TabAgentModelError):
+    """No token could be chosen."""
+
+
+class GenerationTimeoutError(TabAgentModelError, TimeoutError):
+    """The request did not end within its `timeout_s`."""
+
+
+class GenerationCancelled(TabAgentModelError):  # noqa: N818 - the name users of the origin know
+    """The request was cancelled by somebody else than its own reader."""
+
+
+class QueueFullError(TabAgentModelError):
+    """As many requests as allowed are waiting already."""
+
+
+class ModelNotLoadedError(TabAgentModelError):
+    """The model was never loaded, or has been unloaded."""
+
+
+class ForkedProcessError(TabAgentModelError):
+    """The model belongs to the parent of this forked process."""
+
+
+class HardwareError(TabAgentModelError):
+    """The machine does not tell what it is."""
+
+
+class BinaryNotFoundError(TabAgentModelError, FileNotFoundError):
+    """No program lies at any of the paths where it was looked for."""
+
+
+class InternalError(TabAgentModelError):
+    """A fault of the package or of llama.cpp, caught before it could do harm."""

@@ -1,0 +1,415 @@
+"""What can be chosen about a model and about an answer, with every default in sight.
+
+Values are checked once, when a config is made, and trusted afterwards. A config is frozen:
+`with_*` gives a changed copy. None stands for the default everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+
+from .errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+C = TypeVar("C", bound="_Config")
+SplitMode = Literal["none", "layer", "row"]
+FlashAttention = Literal["auto", "on", "off"]
+KvType = Literal["f16", "bf16", "f32", "q8_0"]
+Priority = Literal["high", "normal", "low"]
+
+BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-chat.gguf"
+
+
+class _Config:
+    """What both configs share: changed copies, and the way to dicts and JSON and back."""
+
+    def validate(self) -> Self:
+        """Check every field again; an error names the field, its value and its range."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        for name, default in _defaults(type(self)).items():
+            if getattr(self, name) is None:
+                _put(self, name, default)
+        self.validate()
+
+    def with_fields(self, **changes: Any) -> Self:
+        """A copy with these fields changed."""
+        return replace(self, **_known(type(self), changes)) if changes else self  # type: ignore[type-var]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        values = vars(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        if not isinstance(values, Mapping):
+            raise _refusal(cls.__name__, "a mapping of its fields", values)
+        return cls(**values)
+
+    def to_json(self) -> str:
+        import json
+
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        import json
+
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            message = f"{cls.__name__} cannot be read from this JSON: {error}"
+            raise InvalidRequestError(message, name=cls.__name__) from None
+        return cls.from_dict(values)
+
+
+def _refuses_unknown(config: type[C]) -> type[C]:
+    """Let the generated constructor answer a wrong keyword with the right one."""
+    plain: Callable[..., None] = config.__init__
+
+    @wraps(plain)
+    def __init__(self: C, *args: Any, **given: Any) -> None:  # noqa: N807
+        plain(self, *args, **_known(config, given))
+
+    config.__init__ = __init__  # type: ignore[assignment, method-assign]
+    return config
+
+
+@_refuses_unknown
+@dataclass(frozen=True)
+class ModelConfig(_Config):
+    """Which model, and how it is opened. `n_gpu_layers=` is read as `gpu_layers=`."""
+
+    model_path: str | os.PathLike[str] | None = None
+    """A `.gguf` file; None is the tiny chat model that comes with the package."""
+    n_ctx: int = 4096
+    """Tokens that one request can hold, at most what the model was trained with."""
+    n_batch: int = 512
+    """Tokens that are decoded in one step, all requests together."""
+    n_threads: int = 0
+    """0: the physical cores this process may use, at most 8."""
+    max_parallel: int = 0
+    """Requests that run together; 0: as many as the memory suggests, at most 8."""
+    queue_size: int = 1024
+    """Requests that may wait for their turn."""
+    gpu_layers: int | Literal["auto", "all"] = "auto"
+    """How many layers go to a GPU; -1 and "all": all of them; "auto": all, if there is a GPU."""
+    main_gpu: int = 0
+    split_mode: SplitMode = "layer"
+    use_mmap: bool = True
+    use_mlock: bool = False
+    flash_attn: FlashAttention = "auto"
+    kv_type: KvType = "f16"
+    vocab_only: bool = False
+    """Open the tokenizer only; nothing can be generated."""
+    warmup: bool = True
+
+    def validate(self) -> Self:
+        _path(self, "model_path")
+        _whole(self, "n_ctx", 8, 2**24)
+        _whole(self, "n_batch", 1, 65_536)
+        _whole(self, "n_threads", 0, 512)
+        _whole(self, "max_parallel", 0, 256)
+        _whole(self, "queue_size", 1, 1_000_000)
+        if self.gpu_layers not in ("auto", "all"):
+            _whole(self, "gpu_layers", -1, 2**31 - 1, also='"auto" or "all", or ')
+        _whole(self, "main_gpu", 0, 255)
+        _choice(self, "split_mode", ("none", "layer", "row"))
+        _switch(self, "use_mmap")
+        _switch(self, "use_mlock")
+        _choice(self, "flash_attn", ("auto", "on", "off"))
+        _choice(self, "kv_type", ("f16", "bf16", "f32", "q8_0"))
+        _switch(self, "vocab_only")
+        _switch(self, "warmup")
+        return self
+
+    @property
+    def path(self) -> str:
+        """The file that is meant: `~` is resolved, and None is the bundled model."""
+        if self.model_path is None:
+            return str(BUNDLED_MODEL)
+        # Path's would raise for an unknown user, and make "." of "".
+        return os.path.expanduser(self.model_path)  # noqa: PTH111
+
+    def with_model_path(self, model_path: str | os.PathLike[str] | None) -> Self:
+        return self.with_fields(model_path=model_path)
+
+    def with_context_size(self, n_ctx: int) -> Self:
+        return self.with_fields(n_ctx=n_ctx)
+
+    def with_batch(self, n_batch: int) -> Self:
+        return self.with_fields(n_batch=n_batch)
+
+    def with_threads(self, n_threads: int) -> Self:
+        return self.with_fields(n_threads=n_threads)
+
+    def with_parallel(self, max_parallel: int) -> Self:
+        return self.with_fields(max_parallel=max_parallel)
+
+    def with_queue_size(self, queue_size: int) -> Self:
+        return self.with_fields(queue_size=queue_size)
+
+    def with_gpu_layers(self, gpu_layers: int | Literal["auto", "all"]) -> Self:
+        return self.with_fields(gpu_layers=gpu_layers)
+
+    def with_main_gpu(self, main_gpu: int) -> Self:
+        return self.with_fields(main_gpu=main_gpu)
+
+    def with_mmap(self, use_mmap: bool = True) -> Self:
+        return self.with_fields(use_mmap=use_mmap)
+
+    def with_mlock(self, use_mlock: bool = True) -> Self:
+        return self.with_fields(use_mlock=use_mlock)
+
+    def cpu_only(self) -> Self:
+        return self.with_fields(gpu_layers=0)
+
+
+@_refuses_unknown
+@dataclass(frozen=True)
+class GenerationConfig(_Config):
+    """How an answer is made."""
+
+    max_tokens: int = 512
+    """0 gives an empty answer, -1 goes on until the context is full."""
+    temperature: float = 0.7
+    """0 always takes the likeliest token."""
+    top_p: float = 0.9
+    top_k: int = 40
+    """0 is off."""
+    min_p: float = 0.0
+    repeat_penalty: float = 1.1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_last_n: int = 64
+    """How many of the last tokens the penalties look at; -1 is the whole context."""
+    stop: str | Iterable[str] = ()
+    """Strings that end the answer; they are not part of it. A single one may be given as it is."""
+    seed: int = -1
+    """-1 takes a random one; the answer tells which."""
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    """Before so many tokens the model cannot end the answer."""
+    timeout_s: float | None = None
+    priority: Priority = "normal"
+    add_bos: bool = True
+    special: bool = False
+    """Read control tokens that are written in a text prompt as control tokens."""
+
+    def validate(self) -> Self:
+        _whole(self, "max_tokens", -1, 2**31 - 1)
+        _number(self, "temperature", 0, 100)
+        _number(self, "top_p", 0, 1, without_low=True)
+        _whole(self, "top_k", 0, 2**31 - 1)
+        _number(self, "min_p", 0, 1, without_high=True)
+        _number(self, "repeat_penalty", 0, 10, without_low=True)
+        _number(self, "presence_penalty", -2, 2)
+        _number(self, "frequency_penalty", -2, 2)
+        _whole(self, "penalty_last_n", -1, 2**24)
+        _strings(self, "stop", at_most=64, long=1024)
+        _whole(self, "seed", -1, 2**63 - 1)
+        _switch(self, "ignore_eos")
+        _whole(self, "min_tokens", 0, 2**31 - 1)
+        if self.timeout_s is not None:
+            _number(self, "timeout_s", 0, 1e9, without_low=True)
+        _choice(self, "priority", ("high", "normal", "low"))
+        _switch(self, "add_bos")
+        _switch(self, "special")
+        return self
+
+    def with_max_tokens(self, max_tokens: int) -> Self:
+        return self.with_fields(max_tokens=max_tokens)
+
+    def with_temperature(self, temperature: float) -> Self:
+        return self.with_fields(temperature=temperature)
+
+    def with_top_p(self, top_p: float) -> Self:
+        return self.with_fields(top_p=top_p)
+
+    def with_top_k(self, top_k: int) -> Self:
+        return self.with_fields(top_k=top_k)
+
+    def with_min_p(self, min_p: float) -> Self:
+        return self.with_fields(min_p=min_p)
+
+    def with_repeat_penalty(self, repeat_penalty: float, last_n: int | None = None) -> Self:
+        last_n = self.penalty_last_n if last_n is None else last_n
+        return self.with_fields(repeat_penalty=repeat_penalty, penalty_last_n=last_n)
+
+    def with_stop(self, *stop: str) -> Self:
+        return self.with_fields(stop=stop)
+
+    def with_seed(self, seed: int) -> Self:
+        return self.with_fields(seed=seed)
+
+    def with_timeout(self, timeout_s: float | None) -> Self:
+        return self.with_fields(timeout_s=timeout_s)
+
+    def with_priority(self, priority: Priority) -> Self:
+        return self.with_fields(priority=priority)
+
+    def greedy(self) -> Self:
+        """Always the likeliest token, without penalties: the same answer every time."""
+        return self.with_fields(temperature=0.0, repeat_penalty=1.0)
+
+
+class ModelFields(TypedDict, total=False):
+    """The keywords of `load`: the fields of ModelConfig, and the old name of one."""
+
+    model_path: str | os.PathLike[str] | None
+    n_ctx: int | None
+    n_batch: int | None
+    n_threads: int | None
+    max_parallel: int | None
+    queue_size: int | None
+    gpu_layers: int | Literal["auto", "all"] | None
+    n_gpu_layers: int | Literal["auto", "all"] | None
+    main_gpu: int | None
+    split_mode: SplitMode | None
+    use_mmap: bool | None
+    use_mlock: bool | None
+    flash_attn: FlashAttention | None
+    kv_type: KvType | None
+    vocab_only: bool | None
+    warmup: bool | None
+
+
+class GenerationFields(TypedDict, total=False):
+    """The keywords of `generate` and `stream`: the fields of GenerationConfig."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repeat_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    penalty_last_n: int | None
+    stop: str | Iterable[str] | None
+    seed: int | None
+    ignore_eos: bool | None
+    min_tokens: int | None
+    timeout_s: float | None
+    priority: Priority | None
+    add_bos: bool | None
+    special: bool | None
+
+
+def _known(config: type[_Config], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given fields under their own names; a name that is none gets the closest one as hint."""
+    names = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    known = dict(given)
+    if "n_gpu_layers" in known and "gpu_layers" in names:
+        layers = known.pop("n_gpu_layers")
+        if known.setdefault("gpu_layers", layers) != layers:
+            message = "`gpu_layers` and `n_gpu_layers` are the same thing, and were given twice"
+            raise InvalidRequestError(message, name="gpu_layers")
+    for name in known:
+        if name not in names:
+            from difflib import get_close_matches
+
+            close = get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+            hint = f"did you mean `{close[0]}`?" if close else "there are " + ", ".join(names)
+            message = f"{config.__name__} has no field `{name}`"
+            raise InvalidRequestError(message, hint=hint, name=str(name))
+    return known
+
+
+def _defaults(config: type[_Config]) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(config)}  # type: ignore[arg-type]
+
+
+def _put(config: _Config, name: str, value: Any) -> None:
+    object.__setattr__(config, name, value)  # the one way into a frozen dataclass
+
+
+def _whole(config: _Config, name: str, low: int, high: int, *, also: str = "") -> None:
+    value = getattr(config, name)
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise _refusal(name, f"{also}a whole number between {low} and {high}", value)
+    _put(config, name, number)
+
+
+def _number(
+    config: _Config,
+    name: str,
+    low: float,
+    high: float,
+    *,
+    without_low: bool = False,
+    without_high: bool = False,
+) -> None:
+    value = getattr(config, name)
+    try:
+        number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    edge = (without_low and number == low) or (without_high and number == high)
+    if edge or not low <= number <= high:
+        lowest = f"{low} (excluded)" if without_low else str(low)
+        highest = f"{high} (excluded)" if without_high else str(high)
+        raise _refusal(name, f"a number between {lowest} and {highest}", value)
+    _put(config, name, number)
+
+
+def _switch(config: _Config, name: str) -> None:
+    value = getattr(config, name)
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's, too
+        raise _refusal(name, "True or False", value)
+    _put(config, name, bool(value))
+
+
+def _choice(config: _Config, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, str) or value not in choices:
+        raise _refusal(name, "one of " + ", ".join(map(repr, choices)), value)
+
+
+def _strings(config: _Config, name: str, *, at_most: int, long: int) -> None:
+    value = getattr(config, name)
+    allowed = f"at most {at_most} strings of 1 to {long} characters"
+    if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):
+        raise _refusal(name, allowed, value)
+    strings = (value,) if isinstance(value, str) else tuple(islice(value, at_most + 1))
+    if len(strings) > at_most:
+        raise _refusal(name, allowed, value)
+    for string in strings:
+        if not isinstance(string, str) or not 1 <= len(string) <= long:
+            raise _refusal(name, allowed, string)
+    _put(config, name, strings)
+
+
+def _path(config: _Config, name: str) -> None:
+    value = getattr(config, name)
+    if value is not None:
+        try:
+            _put(config, name, os.fsdecode(value))
+        except (TypeError, UnicodeError):
+            raise _refusal(name, "a path or None", value) from None
+
+
+def _refusal(name: str, allowed: str, value: object) -> InvalidRequestError:
+    try:
+        shown = repr(value)
+    except Exception:  # of a user's class, or an int with more digits than Python prints
+        shown = f"a {type(value).__name__} that cannot be shown"
+    if len(shown) > 60:
+        shown = f"{shown[:60]}…"
+    return InvalidRequestError(f"`{name}` must be {allowed}, got {shown}", name=name)

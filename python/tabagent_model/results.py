@@ -1,0 +1,156 @@
+"""What comes back: the answer, what it cost, and the description of a model file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counted tokens. `cached_tokens` of the prompt were known from an earlier request."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class InferenceMetrics:
+    """Times and rates of one answer."""
+
+    model_load_time_ms: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    inference_time_ms: float = 0.0
+    """From the call to the end, with the time spent waiting for a turn."""
+    tokens_per_second: float = 0.0
+    """Generated tokens by the time of their decoding, without the prompt's."""
+    memory_used_mb: float = 0.0
+    """What the whole process held in memory at the end."""
+    gpu_utilized: bool = False
+    time_to_first_token_ms: float = 0.0
+    """From the call to the first token; 0 if there was none."""
+    prompt_eval_ms: float = 0.0
+    queue_ms: float = 0.0
+    cached_tokens: int = 0
+    request_id: int = 0
+
+    def summary(self) -> str:
+        """One line for a log."""
+        return (
+            f"request {self.request_id}: {self.prompt_tokens} prompt tokens"
+            f" ({self.cached_tokens} cached) in {self.prompt_eval_ms:.0f} ms,"
+            f" first token after {self.time_to_first_token_ms:.0f} ms,"
+            f" {self.generated_tokens} tokens at {self.tokens_per_second:.1f}/s,"
+            f" {self.inference_time_ms:.0f} ms in all"
+        )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer. Two are equal when they say the same, whatever they cost."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    """`stop`: the model or a stop string ended it; `length`: no more tokens were allowed or fit."""
+    usage: Usage = field(default_factory=Usage, compare=False)
+    metrics: InferenceMetrics = field(default_factory=InferenceMetrics, compare=False)
+    model: str = field(default="", compare=False)
+    seed: int = field(default=-1, compare=False)
+    """The one that was used, also when it was chosen at random."""
+    stop: str | None = field(default=None, compare=False)
+    """The stop string that ended the text."""
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def content(self) -> str:
+        return self.text
+
+    @property
+    def tokens_generated(self) -> int:
+        return self.usage.completion_tokens
+
+    @property
+    def tokens_prompt(self) -> int:
+        return self.usage.prompt_tokens
+
+    @property
+    def time_to_first_token_ms(self) -> float:
+        return self.metrics.time_to_first_token_ms
+
+    @property
+    def total_time_ms(self) -> float:
+        return self.metrics.inference_time_ms
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.metrics.tokens_per_second
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model writes under each of its answers."""
+
+    model: str = ""
+    load_time_ms: float = 0.0
+    gpu_utilized: bool = False
+    memory_used_mb: Callable[[], float] = lambda: 0.0
+
+
+def metrics_of(request_id: int, stats: Mapping[str, float], source: Source) -> InferenceMetrics:
+    """The engine's figures of one request under their public names."""
+    generated, decode_ms = int(stats.get("generated_tokens", 0)), stats.get("decode_ms", 0.0)
+    return InferenceMetrics(
+        model_load_time_ms=source.load_time_ms,
+        prompt_tokens=int(stats.get("prompt_tokens", 0)),
+        generated_tokens=generated,
+        inference_time_ms=stats.get("total_ms", 0.0),
+        tokens_per_second=generated / decode_ms * 1000 if decode_ms > 0 else 0.0,
+        memory_used_mb=source.memory_used_mb(),
+        gpu_utilized=source.gpu_utilized,
+        time_to_first_token_ms=stats.get("first_token_ms", 0.0),
+        prompt_eval_ms=stats.get("prompt_ms", 0.0),
+        queue_ms=stats.get("queue_ms", 0.0),
+        cached_tokens=int(stats.get("cached_tokens", 0)),
+        request_id=request_id,
+    )
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What the header of a model file says."""
+
+    path: str
+    shards: tuple[str, ...]
+    """All files of the model, the first one first."""
+    size_bytes: int
+    architecture: str
+    name: str | None
+    n_params: int
+    quantization: str
+    n_ctx_train: int
+    n_layers: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    n_vocab: int
+    tokenizer: str
+    pre_tokenizer: str | None
+    has_chat_template: bool
+    is_embedding: bool
+    kv_bytes_per_token: int
+    """What one token takes in the context, with `kv_type="f16"`."""
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> ModelDescription:
+        """From what the core found; facts that have no field here yet are left out."""
+        known = {name: facts[name] for name in cls.__dataclass_fields__}
+        return cls(**{**known, "shards": tuple(known["shards"])})

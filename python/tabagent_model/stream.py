@@ -1,0 +1,419 @@
+"""Answers on their way: read them piece by piece, collect them, or leave early.
+
+A stream that is left (the end of its `with`, `close`, a cancelled task, Ctrl-C) aborts its
+request and waits for the last event, so that its place is free afterwards. One that is only
+dropped aborts without waiting.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from ._courier import Courier, Event, Inbox, LoopInbox, Request
+from .errors import GenerationCancelled, InternalError, QueueFullError, TabAgentModelError
+from .results import Completion, FinishReason, Source, Usage, metrics_of
+
+if TYPE_CHECKING:
+    from asyncio import Future
+
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+# Tokenizing a longer prompt would hold up the event loop, so a thread does it.
+_LONG_PROMPT = 8192
+
+
+class _Stream:
+    """What both kinds of streams know; they differ in how they wait."""
+
+    def __init__(self, courier: Courier, request: Request, source: Source, owner: object) -> None:
+        self._courier = courier
+        self._request = request
+        self._answer = Answer(request.id, source)
+        self._owner = owner  # a model lives as long as its streams
+        self._is_sent = False
+
+    @property
+    def request_id(self) -> int:
+        return self._request.id
+
+    @property
+    def text(self) -> str:
+        """What has been read so far."""
+        return "".join(self._answer.pieces)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The ids that have been read so far."""
+        return tuple(self._answer.tokens)
+
+    @property
+    def result(self) -> Completion:
+        """The whole answer, after its end; what ended it is raised if it was an error."""
+        return self._answer.result
+
+    @property
+    def usage(self) -> Usage:
+        return self.result.usage
+
+    def cancel(self) -> None:
+        """Ask for the end and do not wait for it; callable from any thread."""
+        self._answer.is_cancelled = True
+        if self._is_sent and not self._answer.is_over:
+            self._courier.abort(self._request.id)
+
+    def _abandon(self) -> None:
+        if self._is_sent and not self._answer.is_over:
+            self._courier.abandon(self._request.id)
+
+    def __del__(self) -> None:
+        try:
+            self._abandon()
+        except Exception:  # at exit anything may be gone already
+            return
+
+
+class TextStream(_Stream):
+    """An answer, piece by piece. The request is submitted when the stream is made."""
+
+    def __init__(self, courier: Courier, request: Request, source: Source, owner: object) -> None:
+        super().__init__(courier, request, source, owner)
+        self._inbox = Inbox()
+        courier.send(request, self._inbox)
+        self._is_sent = True
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        while not self._answer.is_over:
+            try:
+                piece = self._answer.take(self._receive())
+            except BaseException:  # Ctrl-C, mostly
+                self.close()
+                raise
+            if piece:
+                return piece
+        self._answer.check()
+        raise StopIteration
+
+    def collect(self, on_token: Callable[[str], Any] | None = None) -> Completion:
+        """Read to the end. `on_token` gets each piece; if it returns False, that is the end."""
+        with self:
+            for piece in self:
+                if on_token is not None and on_token(piece) is False:
+                    break
+        return self.result
+
+    def close(self) -> None:
+        """End the request if it has not ended, and wait until its place is free."""
+        if self._answer.is_over:
+            return
+        self.cancel()
+        while not (self._answer.is_over or self._courier.is_foreign):
+            is_carried = self._courier.carries(self._request.id)
+            event = self._inbox.get_within(0.1)
+            if event is not None:
+                self._answer.take(event)
+            elif not is_carried:
+                return  # Ctrl-C struck between taking the last event and keeping it
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _receive(self) -> Event:
+        self._courier.check_owner()
+        event = self._inbox.get()
+        if event.is_last:
+            self._inbox.put(event)  # for another thread that waits here, too
+        return event
+
+
+class AsyncTextStream(_Stream):
+    """An answer, piece by piece. The request is submitted when the first piece is awaited.
+
+    Cancelling the task that waits for a piece ends the request; its place is free when
+    CancelledError comes out.
+    """
+
+    def __init__(self, courier: Courier, request: Request, source: Source, owner: object) -> None:
+        super().__init__(courier, request, source, owner)
+        self._inbox: LoopInbox | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        import asyncio
+
+        inbox = await self._start()
+        while not self._is_over:
+            try:
+                piece = self._answer.take(await self._receive(inbox))
+            except asyncio.CancelledError:
+                await self.aclose()
+                raise
+            except BaseException:  # the coroutine is thrown away: no more waiting
+                self._abandon()
+                raise
+            if piece:
+                return piece
+        self._answer.check()
+        raise StopAsyncIteration
+
+    async def collect(self, on_token: Callable[[str], Any] | None = None) -> Completion:
+        """Read to the end. `on_token` gets each piece; if it returns False, that is the end."""
+        async with self:
+            async for piece in self:
+                if on_token is not None and on_token(piece) is False:
+                    break
+        return self.result
+
+    async def aclose(self) -> None:
+        """End the request if it has not ended, and wait until its place is free."""
+        import asyncio
+
+        self.cancel()
+        cancelled: BaseException | None = None
+        while self._inbox is not None and not (self._is_over or self._courier.is_foreign):
+            try:
+                self._answer.take(await self._receive(self._inbox))
+            except asyncio.CancelledError as error:  # the end is near; then it may have its way
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+    async def __aenter__(self) -> Self:
+        await self._start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def _is_over(self) -> bool:
+        never_began = self._answer.is_cancelled and not self._is_sent
+        return self._answer.is_over or never_began
+
+    async def _start(self) -> LoopInbox:
+        import asyncio
+
+        if self._inbox is not None:
+            return self._inbox
+        loop = asyncio.get_running_loop()
+        inbox = self._inbox = LoopInbox(loop)
+        if self._answer.is_cancelled:
+            return inbox
+        try:
+            if len(self._request.prompt) > _LONG_PROMPT:
+                await settle(loop.run_in_executor(None, self._send))
+            else:
+                self._send()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        except BaseException:
+            self._inbox = None
+            raise
+        if self._answer.is_cancelled:  # while a thread was submitting it
+            await self.aclose()
+        return inbox
+
+    def _send(self) -> None:
+        assert self._inbox is not None
+        self._courier.send(self._request, self._inbox)
+        self._is_sent = True
+
+    async def _receive(self, inbox: LoopInbox) -> Event:
+        self._courier.check_owner()
+        event = await inbox.get()
+        if event.is_last:
+            inbox.put(event)  # for another task that waits here, too
+        return event
+
+
+class Crowd:
+    """Requests that are answered together. If one fails, the others are ended.
+
+    More of them than may wait in the queue are submitted as places become free.
+    """
+
+    def __init__(self, courier: Courier, requests: Iterable[Request], source: Source) -> None:
+        self._courier = courier
+        self._unsent = deque(requests)
+        self._answers = {request.id: Answer(request.id, source) for request in self._unsent}
+        self._running: set[int] = set()
+
+    def collect(self) -> list[Completion]:
+        inbox = Inbox()
+        try:
+            self._send(inbox)
+            while self._running:
+                if self._take(inbox.get()):
+                    self._send(inbox)
+        except BaseException:
+            self._abort()
+            while any(map(self._courier.carries, self._running)):
+                inbox.get_within(0.1)
+            raise
+        return self._results()
+
+    async def collect_async(self) -> list[Completion]:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        inbox = LoopInbox(loop)
+        try:
+            await settle(loop.run_in_executor(None, self._send, inbox))
+            while self._running:
+                if self._take(await inbox.get()) and self._unsent:
+                    await settle(loop.run_in_executor(None, self._send, inbox))
+        except GeneratorExit:  # the coroutine is thrown away: no more waiting
+            self._abort()
+            raise
+        except BaseException:
+            self._abort()
+            await self._until_all_are_over(inbox)
+            raise
+        return self._results()
+
+    def _send(self, inbox: Inbox | LoopInbox) -> None:
+        while self._unsent:
+            request = self._unsent[0]
+            try:
+                self._courier.send(request, inbox)
+            except QueueFullError:
+                if not self._running:
+                    raise
+                return  # one of ours has to end first
+            self._running.add(request.id)
+            self._unsent.popleft()
+
+    def _take(self, event: Event) -> bool:
+        """Whether one has ended."""
+        answer = self._answers[event.request_id]
+        answer.take(event)
+        if answer.is_over:
+            self._running.discard(event.request_id)
+            answer.check()
+        return answer.is_over
+
+    async def _until_all_are_over(self, inbox: LoopInbox) -> None:
+        import asyncio
+
+        while self._running:
+            try:
+                event = await inbox.get()
+            except asyncio.CancelledError:
+                continue  # one is on its way already
+            if event.is_last:
+                self._running.discard(event.request_id)
+
+    def _abort(self) -> None:
+        for request_id in self._running:
+            self._courier.abort(request_id)
+
+    def _results(self) -> list[Completion]:
+        return [answer.result for answer in self._answers.values()]
+
+
+class Answer:
+    """What has come of one request so far."""
+
+    def __init__(self, request_id: int, source: Source) -> None:
+        self.pieces: list[str] = []
+        self.tokens: list[int] = []
+        self.is_over = False
+        self.is_cancelled = False
+        """By us: then its end is no error."""
+        self._request_id = request_id
+        self._source = source
+        self._completion: Completion | None = None
+        self._error: Exception | None = None
+
+    def take(self, event: Event) -> str:
+        """Add an event, and give its text."""
+        if self.is_over:
+            return ""
+        text = event.text
+        if text:
+            self.pieces.append(text)
+        self.tokens.extend(event.tokens)
+        if event.is_last:
+            self._finish(event)
+        return text
+
+    def check(self) -> None:
+        """Raise what the request died of, if it did."""
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def result(self) -> Completion:
+        self.check()
+        if self._completion is None:
+            hint = "read the stream to its end, or leave its `with` block"
+            raise TabAgentModelError("the answer is not complete yet", hint=hint)
+        return self._completion
+
+    def _finish(self, event: Event) -> None:
+        if event.finish_reason == "error":
+            self._error = event.error or InternalError("the request failed without a reason")
+        elif event.finish_reason == "cancelled" and not self.is_cancelled:
+            self._error = GenerationCancelled("the request was cancelled by somebody else")
+        else:
+            self._completion = self._complete(event)
+        self.is_over = True
+
+    def _complete(self, event: Event) -> Completion:
+        stats = event.stats or {}
+        metrics = metrics_of(self._request_id, stats, self._source)
+        return Completion(
+            text="".join(self.pieces),
+            tokens=tuple(self.tokens),
+            finish_reason=cast("FinishReason", event.finish_reason),
+            usage=Usage(
+                prompt_tokens=metrics.prompt_tokens,
+                completion_tokens=metrics.generated_tokens,
+                total_tokens=metrics.prompt_tokens + metrics.generated_tokens,
+                cached_tokens=metrics.cached_tokens,
+            ),
+            metrics=metrics,
+            model=self._source.model,
+            seed=int(stats.get("seed", -1)),
+            stop=event.stop,
+        )
+
+
+async def settle(future: Future[T], on_cancel: Callable[[], object] = lambda: None) -> T:
+    """Wait for the end of what cannot be stopped; a cancellation is delivered after it."""
+    import asyncio
+
+    cancelled: BaseException | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+            on_cancel()
+    if cancelled is not None:
+        future.exception()  # looked at, so that asyncio does not complain about it
+        raise cancelled
+    return future.result()

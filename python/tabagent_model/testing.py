@@ -1,0 +1,298 @@
+"""An engine that speaks the lines it was given: for tests without a model.
+
+    model = Model(ScriptedContext(["Be", "cause", "!"]))
+    assert model.generate("Why?").text == "Because!"
+
+Every piece is a token. A step gives one piece to each request that runs, and takes `delay`
+seconds; requests beyond `n_seq_max` wait for their turn, as in the real one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from re import findall
+from typing import Any, Literal, NamedTuple
+
+from .errors import (
+    ContextLimitExceededError,
+    GenerationTimeoutError,
+    InvalidRequestError,
+    ModelNotLoadedError,
+    QueueFullError,
+    TabAgentModelError,
+)
+from .params import GenerationConfig
+
+Prompt = str | Sequence[int]
+Lines = Iterable[str | TabAgentModelError]
+Script = Lines | Mapping[str, Lines] | Callable[[Any], Lines]
+
+
+@dataclass(frozen=True)
+class ScriptedEvent:
+    """News of one request, like `_core.Event`."""
+
+    request_id: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    is_last: bool = False
+    finish_reason: Literal["stop", "length", "cancelled", "error"] | None = None
+    stop: str | None = None
+    error: Exception | None = None
+    stats: dict[str, float] | None = None
+
+
+class Submitted(NamedTuple):
+    """A request as it came in."""
+
+    request_id: int
+    prompt: Prompt
+    params: Mapping[str, Any]
+
+
+class ScriptedContext:
+    """Stands in the place of `_core.PyContext`.
+
+    `script` is what every request is answered with, or a mapping from prompts to that, or a
+    function of the prompt. An error among the pieces ends the request with that error.
+    """
+
+    def __init__(
+        self,
+        script: Script = ("Hello", "!"),
+        *,
+        delay: float = 0.0,
+        n_ctx: int = 4096,
+        n_batch: int = 512,
+        n_seq_max: int = 8,
+        n_threads: int = 1,
+        queue_size: int = 1024,
+    ) -> None:
+        self.submitted: list[Submitted] = []
+        self.aborted: list[int] = []
+        self.n_ctx = n_ctx
+        self.n_batch = n_batch
+        self.n_seq_max = n_seq_max
+        self.n_threads = n_threads
+        self._script = script
+        self._delay = delay
+        self._queue_size = queue_size
+        self._vocabulary: dict[str, int] = {"": 0}
+        self._waiting: list[_Sequence] = []
+        self._running: list[_Sequence] = []
+        self._events: list[ScriptedEvent] = []
+        self._counted = dict.fromkeys(_COUNTERS, 0)
+        self._is_closed = self._is_paused = False
+        self._changed = threading.Condition()
+        self._owner: threading.Thread | None = None
+
+    def submit(self, request_id: int, prompt: Prompt, params: Mapping[str, Any]) -> None:
+        config = GenerationConfig.from_dict(params)
+        tokens = self.tokenize(prompt, config.add_bos) if isinstance(prompt, str) else [*prompt]
+        sequence = _Sequence(request_id, iter(self._lines(prompt)), config, len(tokens))
+        with self._changed:
+            if self._is_closed:
+                raise ModelNotLoadedError("the scripted model is closed")
+            if not tokens:
+                raise InvalidRequestError("`prompt` must hold at least one token", name="prompt")
+            if len(tokens) >= self.n_ctx:
+                required, message = len(tokens) + 1, "the prompt does not fit the context"
+                raise ContextLimitExceededError(message, max=self.n_ctx, required=required)
+            if len(self._waiting) >= self._queue_size:
+                raise QueueFullError(f"{len(self._waiting)} requests are waiting already")
+            self.submitted.append(Submitted(request_id, prompt, params))
+            self._counted["requests"] += 1
+            self._waiting.append(sequence)
+            if self._owner is None:
+                self._owner = threading.Thread(target=self._run, name="scripted", daemon=True)
+                self._owner.start()
+            self._changed.notify_all()
+
+    def abort(self, request_id: int) -> None:
+        with self._changed:
+            self.aborted.append(request_id)
+            for sequence in self._waiting + self._running:
+                if sequence.request_id == request_id:
+                    sequence.is_aborted = True
+            self._changed.notify_all()
+
+    def next_events(self) -> list[ScriptedEvent]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._events or self._is_closed)
+            events, self._events = self._events, []
+            return events
+
+    def close(self) -> None:
+        with self._changed:
+            for sequence in self._waiting + self._running:
+                self._events.append(sequence.last("cancelled"))
+            self._waiting, self._running = [], []
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def pause(self) -> None:
+        """No further step until `resume`; what runs stays where it is, and can be aborted."""
+        with self._changed:
+            self._is_paused = True
+
+    def resume(self) -> None:
+        with self._changed:
+            self._is_paused = False
+            self._changed.notify_all()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
+        """A word with the blanks behind it is a token; ids are given as words are first seen."""
+        ids = [self._token(word) for word in findall(r"\s+|\S+\s*", text)]
+        return [0, *ids] if add_bos else ids
+
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
+        return "".join(map(self.token_to_text, tokens))
+
+    def token_to_text(self, token: int) -> str:
+        for word, known in self._vocabulary.items():
+            if known == token:
+                return word
+        raise InvalidRequestError(f"there is no token {token}", name="tokens")
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 512,
+        *,
+        callback: Callable[[str], bool | None] | None = None,
+        **sampling: Any,
+    ) -> str:
+        from .model import Model
+
+        config = GenerationConfig(max_tokens=max_tokens, **sampling)
+        return Model(self).generate(prompt, config, on_token=callback).text
+
+    def metrics(self) -> dict[str, int]:
+        with self._changed:
+            return {
+                "running": len(self._running),
+                "waiting": len(self._waiting),
+                **self._counted,
+            }
+
+    def _lines(self, prompt: Prompt) -> Lines:
+        if callable(self._script):
+            return self._script(prompt)
+        if isinstance(self._script, Mapping):
+            return self._script[prompt if isinstance(prompt, str) else self.detokenize(prompt)]
+        return self._script
+
+    def _token(self, word: str) -> int:
+        return self._vocabulary.setdefault(word, len(self._vocabulary))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._can_step)
+                if self._is_closed:
+                    return
+                self._step()
+                self._changed.notify_all()
+            if self._delay:
+                time.sleep(self._delay)
+
+    def _can_step(self) -> bool:
+        sequences = self._waiting + self._running
+        if self._is_paused:
+            return self._is_closed or any(sequence.is_aborted for sequence in sequences)
+        return self._is_closed or bool(sequences)
+
+    def _step(self) -> None:
+        for queue in (self._waiting, self._running):
+            for sequence in [sequence for sequence in queue if sequence.is_aborted]:
+                self._events.append(sequence.last("cancelled"))
+                queue.remove(sequence)
+        if self._is_paused:
+            return
+        while self._waiting and len(self._running) < self.n_seq_max:
+            sequence = self._waiting.pop(0)
+            self._counted["prompt_tokens"] += sequence.prompt_tokens
+            self._running.append(sequence)
+        for sequence in [*self._running]:
+            event = sequence.next_event(self._token, self.n_ctx)
+            self._counted["generated_tokens"] += len(event.tokens)
+            self._events.append(event)
+            if event.is_last:
+                self._running.remove(sequence)
+        self._counted["steps"] += 1
+
+
+_COUNTERS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "steps")
+
+
+@dataclass
+class _Sequence:
+    """One request on its way through the script."""
+
+    request_id: int
+    lines: Iterator[str | TabAgentModelError]
+    config: GenerationConfig
+    prompt_tokens: int
+    is_aborted: bool = False
+    generated: int = 0
+    begun: float = field(default_factory=time.perf_counter)
+    first_token_ms: float = 0.0
+
+    def next_event(self, token_of: Callable[[str], int], n_ctx: int) -> ScriptedEvent:
+        limit = n_ctx - self.prompt_tokens
+        if self.config.max_tokens >= 0:
+            limit = min(limit, self.config.max_tokens)
+        if self.generated >= limit:
+            return self.last("length")
+        timeout_s = self.config.timeout_s
+        if timeout_s is not None and self._elapsed_ms() >= timeout_s * 1000:
+            return self.last("error", error=GenerationTimeoutError(f"no end within {timeout_s} s"))
+        try:
+            line = next(self.lines, None)
+        except Exception as error:  # the script itself failed
+            return self.last("error", error=error)
+        if line is None:
+            return self.last("stop")
+        if isinstance(line, Exception):
+            return self.last("error", error=line)
+        self.generated += 1
+        self.first_token_ms = self.first_token_ms or self._elapsed_ms()
+        tokens = [token_of(line)]
+        if self.generated == limit:
+            return self.last("length", text=line, tokens=tokens)
+        return ScriptedEvent(self.request_id, line, tokens)
+
+    def last(
+        self,
+        reason: Literal["stop", "length", "cancelled", "error"],
+        *,
+        text: str = "",
+        tokens: Sequence[int] = (),
+        error: Exception | None = None,
+    ) -> ScriptedEvent:
+        total_ms = self._elapsed_ms()
+        stats = {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": 0,
+            "generated_tokens": self.generated,
+            "seed": max(self.config.seed, 0),
+            "n_ctx": 0,
+            "queue_ms": 0.0,
+            "prompt_ms": 0.0,
+            "first_token_ms": self.first_token_ms,
+            "decode_ms": total_ms - self.first_token_ms,
+            "total_ms": total_ms,
+        }
+        return ScriptedEvent(
+            self.request_id, text, [*tokens], True, reason, error=error, stats=stats
+        )
+
+    def _elapsed_ms(self) -> float:
+        return (time.perf_counter() - self.begun) * 1000

@@ -1,0 +1,71 @@
+//! Collects llama.cpp's libraries for the wheel and compiles the shim against its headers.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs, io};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    // The output folder of llama-cpp-sys-2's own build script.
+    let root = PathBuf::from(env::var("DEP_LLAMA_ROOT")?);
+    let backends = PathBuf::from(env::var("DEP_LLAMA_BACKENDS_DIR")?);
+    let libraries = out.join("lib");
+    collect_libraries(&root, &backends, &libraries)?;
+    compile_shim(&llama_source(&root)?);
+
+    // Tests load the CPU modules from here; the package loads them from its own folder.
+    println!("cargo:rustc-env=TABAGENT_BUILT_LIBRARIES={}", libraries.display());
+    println!("cargo:rustc-link-search=native={}", libraries.display());
+    if env::var("CARGO_CFG_TARGET_OS")? == "linux" {
+        println!("cargo:rustc-link-arg-cdylib=-Wl,-rpath,$ORIGIN/lib,--enable-new-dtags");
+    }
+    println!("cargo:rerun-if-changed=rust/build.rs");
+    println!("cargo:rerun-if-changed=rust/shim");
+    Ok(())
+}
+
+/// Copies what the wheel ships to one folder: `libX.so` as `tabagent-libX.so`, which is the name
+/// that rust/cmake/llama.cmake gives it, and the CPU modules under their own names.
+fn collect_libraries(root: &Path, backends: &Path, to: &Path) -> io::Result<()> {
+    if to.exists() {
+        fs::remove_dir_all(to)?;
+    }
+    fs::create_dir_all(to)?;
+    let rename = env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "linux");
+    for (folder, prefix) in
+        [(root.join("lib"), if rename { "tabagent-" } else { "" }), (backends.to_path_buf(), "")]
+    {
+        for entry in fs::read_dir(folder)? {
+            let path = entry?.path();
+            let is_library =
+                path.extension().is_some_and(|e| e == "so" || e == "dll" || e == "dylib");
+            if is_library {
+                let name = path.file_name().expect("it has an extension").to_string_lossy();
+                fs::copy(&path, to.join(format!("{prefix}{name}")))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `common/` and `vendor/` are not installed, and no variable names them: CMake's cache does.
+fn llama_source(root: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
+    let cache = fs::read_to_string(root.join("build/CMakeCache.txt"))?;
+    let source = cache
+        .lines()
+        .find_map(|line| line.strip_prefix("CMAKE_HOME_DIRECTORY:INTERNAL="))
+        .ok_or("CMakeCache.txt does not name llama.cpp's sources")?;
+    Ok(PathBuf::from(source))
+}
+
+fn compile_shim(llama: &Path) {
+    let mut shim = cc::Build::new();
+    for folder in ["include", "ggml/include"] {
+        shim.include(llama.join(folder));
+    }
+    shim.cpp(true)
+        .std("c++17")
+        .pic(true)
+        .warnings(true)
+        .files(["rust/shim/llama.cpp", "rust/shim/probe.cpp"])
+        .compile("tabagent_shim");
+}

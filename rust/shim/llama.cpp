@@ -1,0 +1,209 @@
+// The calls of llama.h that can throw: context, decode, tokens.
+#include "guard.h"
+
+#include "ggml-backend.h"
+#include "llama.h"
+
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+namespace {
+
+// The CPU backend is a module chosen at run time, so its functions are found by name.
+template <class F>
+F cpu_function(const char * name) {
+    ggml_backend_reg_t registry = ggml_backend_reg_by_name("CPU");
+    return registry ? reinterpret_cast<F>(ggml_backend_reg_get_proc_address(registry, name)) : nullptr;
+}
+
+ggml_threadpool_t new_pool(int n_threads, uint32_t poll) {
+    auto make = cpu_function<ggml_threadpool_t (*)(ggml_threadpool_params *)>("ggml_threadpool_new");
+    if (!make) {
+        throw std::runtime_error("the CPU backend offers no thread pool");
+    }
+    ggml_threadpool_params params;
+    ggml_threadpool_params_init(&params, n_threads);
+    params.poll = poll;
+    return make(&params);
+}
+
+}  // namespace
+
+struct ta_context {
+    llama_context * llama = nullptr;
+    ggml_threadpool_t pool = nullptr;
+
+    std::vector<llama_token>    tokens;
+    std::vector<llama_pos>      positions;
+    std::vector<llama_seq_id>   sequences;
+    std::vector<llama_seq_id *> sequence_pointers;
+    std::vector<int32_t>        sequence_counts;
+    std::vector<int8_t>         wanted;
+
+    ~ta_context() {
+        if (llama) {
+            llama_detach_threadpool(llama);
+            llama_free(llama);
+        }
+        if (pool) {
+            auto free_pool = cpu_function<void (*)(ggml_threadpool_t)>("ggml_threadpool_free");
+            if (free_pool) {
+                free_pool(pool);
+            }
+        }
+    }
+};
+
+int ta_context_new(llama_model * model, const ta_context_params * params, ta_context ** out,
+                   ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        llama_context_params with = llama_context_default_params();
+        with.n_ctx                = params->n_ctx;
+        with.n_batch              = params->n_batch;
+        with.n_ubatch             = params->n_ubatch;
+        with.n_seq_max            = params->n_seq_max;
+        with.n_outputs_max        = params->n_outputs_max;
+        with.n_threads            = params->n_threads;
+        with.n_threads_batch      = params->n_threads;
+        with.flash_attn_type      = static_cast<llama_flash_attn_type>(params->flash_attn);
+        with.type_k               = static_cast<ggml_type>(params->kv_type);
+        with.type_v               = static_cast<ggml_type>(params->kv_type);
+        with.kv_unified           = params->kv_unified;
+        with.offload_kqv          = params->offload_kqv;
+        with.abort_callback       = params->abort;
+        with.abort_callback_data  = params->abort_data;
+        with.no_perf              = true;
+
+        auto context   = std::make_unique<ta_context>();
+        context->llama = llama_init_from_model(model, with);
+        if (!context->llama) {
+            return ta_fail(error, TA_REFUSED, "");
+        }
+        // Without OpenMP each graph would start and join threads of its own.
+        if (params->n_threads > 1) {
+            context->pool = new_pool(params->n_threads, params->poll);
+            if (!context->pool) {
+                return ta_fail(error, TA_REFUSED, "the thread pool could not be created");
+            }
+            llama_attach_threadpool(context->llama, context->pool, nullptr);
+        }
+        const size_t rows = llama_n_batch(context->llama);
+        context->tokens.reserve(rows);
+        context->positions.reserve(rows);
+        context->sequences.reserve(rows);
+        context->wanted.reserve(rows);
+        context->sequence_pointers.resize(rows);
+        context->sequence_counts.assign(rows, 1);
+        *out = context.release();
+        return int(TA_OK);
+    });
+}
+
+void ta_context_free(ta_context * context) noexcept {
+    ta_guard(nullptr, [&] {
+        delete context;
+        return int(TA_OK);
+    });
+}
+
+uint32_t ta_context_n_ctx_seq(const ta_context * context) noexcept { return llama_n_ctx_seq(context->llama); }
+uint32_t ta_context_n_batch(const ta_context * context) noexcept { return llama_n_batch(context->llama); }
+uint32_t ta_context_n_seq_max(const ta_context * context) noexcept { return llama_n_seq_max(context->llama); }
+
+void ta_batch_clear(ta_context * context) noexcept {
+    context->tokens.clear();
+    context->positions.clear();
+    context->sequences.clear();
+    context->wanted.clear();
+}
+
+void ta_batch_add(ta_context * context, int32_t token, int32_t position, int32_t sequence,
+                  bool want_logits) noexcept {
+    if (context->tokens.size() >= context->sequence_pointers.size()) {
+        return;  // the scheduler counts; growing could throw
+    }
+    context->tokens.push_back(token);
+    context->positions.push_back(position);
+    context->sequences.push_back(sequence);
+    context->wanted.push_back(want_logits);
+}
+
+int ta_decode(ta_context * context, ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        for (size_t row = 0; row < context->sequences.size(); ++row) {
+            context->sequence_pointers[row] = &context->sequences[row];
+        }
+        llama_batch batch = {};
+        batch.n_tokens    = static_cast<int32_t>(context->tokens.size());
+        batch.token       = context->tokens.data();
+        batch.pos         = context->positions.data();
+        batch.n_seq_id    = context->sequence_counts.data();
+        batch.seq_id      = context->sequence_pointers.data();
+        batch.logits      = context->wanted.data();
+        return llama_decode(context->llama, batch);
+    });
+}
+
+int ta_logits(ta_context * context, int32_t row, const float ** out, ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        *out = llama_get_logits_ith(context->llama, row);
+        return int(TA_OK);
+    });
+}
+
+bool ta_sequence_remove(ta_context * context, int32_t sequence, int32_t from, int32_t to) noexcept {
+    return ta_guard(nullptr, [&] {
+        return llama_memory_seq_rm(llama_get_memory(context->llama), sequence, from, to) ? 1 : 0;
+    }) == 1;
+}
+
+void ta_memory_clear(ta_context * context) noexcept {
+    ta_guard(nullptr, [&] {
+        llama_memory_clear(llama_get_memory(context->llama), true);
+        return int(TA_OK);
+    });
+}
+
+int ta_tokenize(const llama_vocab * vocab, const char * text, int32_t length, int32_t * out,
+                int32_t capacity, bool add_special, bool parse_special, int32_t * count,
+                ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        *count = llama_tokenize(vocab, text, length, out, capacity, add_special, parse_special);
+        return int(TA_OK);
+    });
+}
+
+int ta_piece(const llama_vocab * vocab, int32_t token, char * out, int32_t capacity, bool special,
+             int32_t * length, ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        *length = llama_token_to_piece(vocab, token, out, capacity, 0, special);
+        return int(TA_OK);
+    });
+}
+
+int ta_vocab_scan(const llama_vocab * vocab, uint8_t * ends_generation, int32_t n_tokens,
+                  int32_t * longest_piece, ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        *longest_piece = 1;
+        for (llama_token token = 0; token < n_tokens; ++token) {
+            ends_generation[token] = llama_vocab_is_eog(vocab, token);
+            // With no room given, the needed length comes back as a negative number.
+            const int32_t length = -llama_token_to_piece(vocab, token, nullptr, 0, 0, true);
+            if (length > *longest_piece) {
+                *longest_piece = length;
+            }
+        }
+        return int(TA_OK);
+    });
+}
+
+int ta_backend_load(const char * path, ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        return ggml_backend_load(path) ? int(TA_OK) : ta_fail(error, TA_REFUSED, "");
+    });
+}
+
+int ta_throw(ta_error * error) noexcept {
+    return ta_guard(error, []() -> int { throw std::runtime_error("thrown on purpose"); });
+}

@@ -1,0 +1,114 @@
+// Proves a CPU module: a small matrix product of each weight type, in each kind of buffer.
+//
+// Some compilers build modules that die at the first prompt, and some virtual machines announce
+// instructions that they do not run. A child process that survives this has run the kernels.
+#include "guard.h"
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <cmath>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr int64_t COLUMNS = 256;  // a multiple of every block size
+constexpr int64_t ROWS    = 64;   // enough for the tiled and repacked kernels
+
+struct Free {
+    void operator()(ggml_context * p) const { ggml_free(p); }
+    void operator()(ggml_backend * p) const { ggml_backend_free(p); }
+    void operator()(ggml_backend_buffer * p) const { ggml_backend_buffer_free(p); }
+    void operator()(ggml_gallocr * p) const { ggml_gallocr_free(p); }
+};
+template <class T>
+using Owned = std::unique_ptr<T, Free>;
+
+float weight(int64_t i) { return std::sin(0.37f * float(i)) * 0.5f; }
+
+// y = W·x for `batch` columns of x; compares with the product in double precision.
+void multiply(ggml_backend_t backend, ggml_backend_buffer_type_t buffer_type, ggml_type type,
+              int64_t batch) {
+    Owned<ggml_context> weights(ggml_init({ggml_tensor_overhead(), nullptr, true}));
+    ggml_tensor * w = ggml_new_tensor_2d(weights.get(), type, COLUMNS, ROWS);
+
+    Owned<ggml_context> graph_context(
+        ggml_init({ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true}));
+    ggml_tensor * x = ggml_new_tensor_2d(graph_context.get(), GGML_TYPE_F32, COLUMNS, batch);
+    ggml_set_input(x);
+    ggml_tensor * y = ggml_mul_mat(graph_context.get(), w, x);
+    ggml_set_output(y);
+    ggml_cgraph * graph = ggml_new_graph(graph_context.get());
+    ggml_build_forward_expand(graph, y);
+
+    Owned<ggml_backend_buffer> buffer(ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), buffer_type));
+    if (!buffer) {
+        throw std::runtime_error("no memory for the probe");
+    }
+    ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    if (!ggml_backend_dev_supports_op(ggml_backend_get_device(backend), y)) {
+        return;  // this kind of buffer does not take this type
+    }
+
+    std::vector<float> plain(COLUMNS * ROWS), input(COLUMNS * batch), output(ROWS * batch);
+    for (size_t i = 0; i < plain.size(); ++i) plain[i] = weight(int64_t(i));
+    for (size_t i = 0; i < input.size(); ++i) input[i] = weight(int64_t(i) + 11);
+    std::vector<uint8_t> packed(ggml_row_size(type, COLUMNS) * ROWS);
+    ggml_quantize_chunk(type, plain.data(), packed.data(), 0, ROWS, COLUMNS, nullptr);
+    ggml_backend_tensor_set(w, packed.data(), 0, packed.size());
+
+    Owned<ggml_gallocr> allocator(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
+    if (!ggml_gallocr_alloc_graph(allocator.get(), graph)) {
+        throw std::runtime_error("no memory for the probe");
+    }
+    ggml_backend_tensor_set(x, input.data(), 0, input.size() * sizeof(float));
+    if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
+        throw std::runtime_error("the product could not be computed");
+    }
+    ggml_backend_tensor_get(y, output.data(), 0, output.size() * sizeof(float));
+
+    for (int64_t column = 0; column < batch; ++column) {
+        for (int64_t row = 0; row < ROWS; ++row) {
+            double exact = 0;
+            for (int64_t k = 0; k < COLUMNS; ++k) {
+                exact += double(plain[row * COLUMNS + k]) * input[column * COLUMNS + k];
+            }
+            const float got = output[column * ROWS + row];
+            if (!(std::fabs(got - exact) < 2.0)) {  // 4-bit weights are off by a few tenths
+                throw std::runtime_error(std::string("a wrong product with ") + ggml_type_name(type) +
+                                         " weights: " + std::to_string(got) + " instead of " +
+                                         std::to_string(exact));
+            }
+        }
+    }
+}
+
+}  // namespace
+
+int ta_probe_cpu(ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        Owned<ggml_backend> backend(device ? ggml_backend_dev_init(device, nullptr) : nullptr);
+        if (!backend) {
+            return ta_fail(error, TA_REFUSED, "the module registers no CPU device");
+        }
+        std::vector<ggml_backend_buffer_type_t> buffer_types = {ggml_backend_dev_buffer_type(device)};
+        auto extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(ggml_backend_reg_get_proc_address(
+            ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
+        for (auto * type = extra ? extra(device) : nullptr; type && *type; ++type) {
+            buffer_types.push_back(*type);
+        }
+        for (ggml_backend_buffer_type_t buffer_type : buffer_types) {
+            for (ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0,
+                                   GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K}) {
+                multiply(backend.get(), buffer_type, type, 1);
+                multiply(backend.get(), buffer_type, type, 32);
+            }
+        }
+        return int(TA_OK);
+    });
+}

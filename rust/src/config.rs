@@ -1,0 +1,219 @@
+//! What was asked for, checked once when it comes in and trusted afterwards.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    pub path: PathBuf,
+    /// -1 means all of them.
+    pub gpu_layers: i32,
+    pub main_gpu: i32,
+    pub split_mode: SplitMode,
+    pub mmap: bool,
+    pub mlock: bool,
+    pub vocab_only: bool,
+    /// For contexts made with [`Model::create_context`](crate::model::Model::create_context).
+    pub context: ContextConfig,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SplitMode {
+    None,
+    Layer,
+    Row,
+}
+
+impl ModelConfig {
+    /// Refuses a path where nothing is; whether it is a model shows when it is loaded.
+    pub fn new(path: impl AsRef<Path>) -> Result<ModelConfig> {
+        let path = path.as_ref();
+        if !path.exists() {
+            return Err(Error::ModelNotFound { path: path.to_path_buf() });
+        }
+        Ok(ModelConfig {
+            path: path.to_path_buf(),
+            gpu_layers: -1,
+            main_gpu: 0,
+            split_mode: SplitMode::Layer,
+            mmap: true,
+            mlock: false,
+            vocab_only: false,
+            context: ContextConfig::default(),
+        })
+    }
+
+    pub fn with_gpu_layers(self, gpu_layers: i32) -> ModelConfig {
+        ModelConfig { gpu_layers, ..self }
+    }
+
+    pub fn with_context_size(mut self, n_ctx: u32) -> ModelConfig {
+        self.context.n_ctx = n_ctx;
+        self
+    }
+
+    pub fn with_mlock(self, mlock: bool) -> ModelConfig {
+        ModelConfig { mlock, ..self }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ContextConfig {
+    /// Tokens that one sequence can hold; capped to what the model was trained with.
+    pub n_ctx: u32,
+    /// Tokens of one step, all sequences together.
+    pub n_batch: u32,
+    /// 0 means the physical cores that this process may use, at most 8.
+    pub n_threads: u32,
+    /// 0 means as many as the memory suggests.
+    pub n_seq_max: u32,
+    pub queue_size: usize,
+    pub flash_attn: FlashAttention,
+    pub kv_type: KvType,
+    pub offload_kqv: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FlashAttention {
+    Auto,
+    Off,
+    On,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvType {
+    F32,
+    F16,
+    Bf16,
+    Q8_0,
+}
+
+impl KvType {
+    /// Bytes of `elements` values, which are a multiple of the block size.
+    pub fn bytes(self, elements: u64) -> u64 {
+        match self {
+            KvType::F32 => elements * 4,
+            KvType::F16 | KvType::Bf16 => elements * 2,
+            KvType::Q8_0 => elements / 32 * 34,
+        }
+    }
+}
+
+impl Default for ContextConfig {
+    fn default() -> ContextConfig {
+        ContextConfig {
+            n_ctx: 4096,
+            n_batch: 512,
+            n_threads: 0,
+            n_seq_max: 0,
+            queue_size: 1024,
+            flash_attn: FlashAttention::Auto,
+            kv_type: KvType::F16,
+            offload_kqv: true,
+        }
+    }
+}
+
+impl ContextConfig {
+    pub fn validate(&self) -> Result<()> {
+        check("n_ctx", self.n_ctx, 8, 1 << 24)?;
+        check("n_batch", self.n_batch, 1, 1 << 16)?;
+        check("n_threads", self.n_threads, 0, 512)?;
+        check("n_seq_max", self.n_seq_max, 0, 256)?;
+        check("queue_size", self.queue_size, 1, 1_000_000)?;
+        // llama.cpp asserts on more sequences than a batch has rows.
+        if self.n_seq_max > self.n_batch {
+            let allowed = format!("at most `n_batch` ({})", self.n_batch);
+            return Err(Error::invalid("n_seq_max", self.n_seq_max, &allowed));
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerationConfig {
+    /// -1 means until the context is full.
+    pub max_tokens: i64,
+    /// 0 means greedy.
+    pub temperature: f32,
+    pub top_p: f32,
+    /// 0 means off.
+    pub top_k: u32,
+    pub min_p: f32,
+    pub repeat_penalty: f32,
+    pub presence_penalty: f32,
+    pub frequency_penalty: f32,
+    /// How many of the last tokens the penalties look at; -1 means the whole context.
+    pub penalty_last_n: i32,
+    pub stop: Vec<String>,
+    /// -1 means a random one.
+    pub seed: i64,
+    pub ignore_eos: bool,
+    pub min_tokens: u32,
+    pub timeout: Option<Duration>,
+    pub priority: Priority,
+    pub add_bos: bool,
+    /// Control tokens written in a text prompt become control tokens.
+    pub special: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Priority {
+    High,
+    Normal,
+    Low,
+}
+
+impl Default for GenerationConfig {
+    fn default() -> GenerationConfig {
+        GenerationConfig {
+            max_tokens: 512,
+            temperature: 0.7,
+            top_p: 0.9,
+            top_k: 40,
+            min_p: 0.0,
+            repeat_penalty: 1.1,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            penalty_last_n: 64,
+            stop: Vec::new(),
+            seed: -1,
+            ignore_eos: false,
+            min_tokens: 0,
+            timeout: None,
+            priority: Priority::Normal,
+            add_bos: true,
+            special: false,
+        }
+    }
+}
+
+impl GenerationConfig {
+    pub fn validate(&self) -> Result<()> {
+        check("max_tokens", self.max_tokens, -1, i64::from(i32::MAX))?;
+        check("temperature", self.temperature, 0.0, 100.0)?;
+        check("top_p", self.top_p, f32::MIN_POSITIVE, 1.0)?;
+        check("top_k", self.top_k, 0, i32::MAX as u32)?;
+        check("min_p", self.min_p, 0.0, 1.0 - f32::EPSILON)?;
+        check("repeat_penalty", self.repeat_penalty, f32::MIN_POSITIVE, 10.0)?;
+        check("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
+        check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
+        check("penalty_last_n", self.penalty_last_n, -1, 1 << 24)?;
+        check("seed", self.seed, -1, i64::MAX)?;
+        check("the number of `stop` strings", self.stop.len(), 0, 64)?;
+        for stop in &self.stop {
+            check("the bytes of each `stop` string", stop.len(), 1, 4096)?;
+        }
+        Ok(())
+    }
+}
+
+/// NaN is in no range, so it is refused with the rest.
+fn check<T: PartialOrd + std::fmt::Display>(name: &str, value: T, low: T, high: T) -> Result<()> {
+    if value >= low && value <= high {
+        return Ok(());
+    }
+    Err(Error::invalid(name, value, &format!("from {low} to {high}")))
+}

@@ -1,0 +1,137 @@
+//! What we ask of the owner thread, and what we are told: the whole protocol on one page.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::config::GenerationConfig;
+use crate::error::Error;
+
+pub enum Command {
+    Add(Request),
+    Abort(u64),
+    /// Every request gets a last event, then the thread ends.
+    Close,
+    /// For tests: the next step that computes something panics.
+    Panic,
+}
+
+/// A request that was found sound: its prompt is tokenized and fits the context.
+pub struct Request {
+    pub id: u64,
+    pub prompt: Vec<i32>,
+    pub config: GenerationConfig,
+    pub submitted: Instant,
+    /// Where its events go: the context's own outbox, or that of a caller who waits for it alone.
+    pub outbox: Arc<Outbox>,
+}
+
+/// News of one request. Each request gets exactly one event whose `end` is set.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Event {
+    pub id: u64,
+    /// Whole characters only.
+    pub text: String,
+    /// Without the token that ended the generation.
+    pub tokens: Vec<i32>,
+    pub end: Option<End>,
+}
+
+#[derive(Debug, Clone)]
+pub struct End {
+    pub reason: FinishReason,
+    pub stop: Option<String>,
+    pub error: Option<Error>,
+    pub stats: Stats,
+}
+
+impl PartialEq for End {
+    fn eq(&self, other: &End) -> bool {
+        let error = |end: &End| end.error.as_ref().map(ToString::to_string);
+        self.reason == other.reason && self.stop == other.stop && error(self) == error(other)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended its turn, or a stop string came.
+    Stop,
+    /// `max_tokens`, or the context is full.
+    Length,
+    Cancelled,
+    Error,
+}
+
+impl FinishReason {
+    pub fn name(self) -> &'static str {
+        match self {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Cancelled => "cancelled",
+            FinishReason::Error => "error",
+        }
+    }
+}
+
+/// Times are milliseconds; those up to an event are counted from `submitted`.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Stats {
+    pub prompt_tokens: usize,
+    pub cached_tokens: usize,
+    pub generated_tokens: usize,
+    pub n_ctx: usize,
+    pub seed: i64,
+    pub queue_ms: f64,
+    pub prompt_ms: f64,
+    pub first_token_ms: f64,
+    pub decode_ms: f64,
+    pub total_ms: f64,
+}
+
+/// Where events wait for their reader. The writer never waits.
+#[derive(Default)]
+pub struct Outbox {
+    state: Mutex<OutboxState>,
+    filled: Condvar,
+}
+
+#[derive(Default)]
+struct OutboxState {
+    events: VecDeque<Event>,
+    closed: bool,
+}
+
+impl Outbox {
+    pub fn post(&self, events: impl IntoIterator<Item = Event>) {
+        self.lock().events.extend(events);
+        self.filled.notify_one();
+    }
+
+    /// What has been posted can still be taken.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.filled.notify_all();
+    }
+
+    /// Sleeps until there is something. An empty list means closed.
+    pub fn take(&self) -> Vec<Event> {
+        let mut state = self.lock();
+        while state.events.is_empty() && !state.closed {
+            state = self.filled.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.events.drain(..).collect()
+    }
+
+    /// Like `take`, but an empty list may also mean that nothing came in time.
+    pub fn take_within(&self, time: std::time::Duration) -> Vec<Event> {
+        let state = self.lock();
+        let idle = |state: &mut OutboxState| state.events.is_empty() && !state.closed;
+        let waited = self.filled.wait_timeout_while(state, time, idle);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.events.drain(..).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, OutboxState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

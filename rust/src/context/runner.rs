@@ -1,0 +1,193 @@
+//! What the scheduler needs of an engine, and the real one: llama.cpp through the shim.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::config::{ContextConfig, FlashAttention, KvType};
+use crate::error::{Error, Result};
+use crate::ffi::{self, ContextParams, ShimContext};
+use crate::log;
+use crate::model::Model;
+
+/// Runs batches. The scheduler owns one and calls it from its own thread only.
+pub trait Runner {
+    fn limits(&self) -> Limits;
+    fn run(&mut self, batch: &[Row]) -> Outcome;
+    /// The logits of one row of the last batch that wanted them.
+    fn logits(&self, row: usize) -> Result<&[f32]>;
+    /// Forgets what a slot holds from a position on. False: it can only forget everything.
+    fn forget(&mut self, slot: usize, from: usize) -> bool;
+    fn forget_all(&mut self);
+    fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()>;
+    fn end_tokens(&self) -> Vec<i32>;
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens that one slot can hold.
+    pub n_ctx: usize,
+    /// Rows of one batch.
+    pub n_batch: usize,
+    pub n_slots: usize,
+}
+
+/// One token on its way through the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row {
+    pub token: i32,
+    pub position: usize,
+    pub slot: usize,
+    pub wants_logits: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    Done,
+    /// The memory has no room for this batch; it is as before.
+    NoRoom,
+    /// Interrupted; some of the batch may have been computed.
+    Aborted,
+    Failed(String),
+}
+
+/// Set from any thread to end the decode that is under way on a CPU.
+pub type Interrupt = Arc<AtomicBool>;
+
+pub struct LlamaRunner {
+    context: *mut ShimContext,
+    limits: Limits,
+    end_tokens: Vec<i32>,
+    // The context points to both; they go after it.
+    _interrupt: Interrupt,
+    model: Arc<Model>,
+}
+
+// SAFETY: made on one thread and moved to its owner thread; never shared.
+unsafe impl Send for LlamaRunner {}
+
+impl LlamaRunner {
+    pub fn new(
+        model: Arc<Model>,
+        config: &ContextConfig,
+        n_seq_max: u32,
+        n_threads: u32,
+        interrupt: Interrupt,
+    ) -> Result<LlamaRunner> {
+        let n_ctx_all = config.n_ctx * n_seq_max;
+        let params = ContextParams {
+            n_ctx: n_ctx_all,
+            n_batch: config.n_batch,
+            n_ubatch: config.n_batch.min(512),
+            n_seq_max,
+            n_outputs_max: n_seq_max,
+            n_threads: n_threads as i32,
+            flash_attn: match config.flash_attn {
+                FlashAttention::Auto => -1,
+                FlashAttention::Off => 0,
+                FlashAttention::On => 1,
+            },
+            kv_type: match config.kv_type {
+                KvType::F32 => llama_cpp_sys_2::GGML_TYPE_F32 as i32,
+                KvType::F16 => llama_cpp_sys_2::GGML_TYPE_F16 as i32,
+                KvType::Bf16 => llama_cpp_sys_2::GGML_TYPE_BF16 as i32,
+                KvType::Q8_0 => llama_cpp_sys_2::GGML_TYPE_Q8_0 as i32,
+            },
+            poll: 50,
+            kv_unified: false,
+            offload_kqv: config.offload_kqv,
+            abort: Some(is_set),
+            abort_data: Arc::as_ptr(&interrupt).cast_mut().cast(),
+        };
+        let mut context = std::ptr::null_mut();
+        let one_at_a_time = model.creating();
+        let (made, errors) = log::listen(|| {
+            // SAFETY: the model is alive, and the interrupt outlives the context.
+            ffi::call(|error| unsafe {
+                ffi::ta_context_new(model.as_ptr(), &params, &mut context, error)
+            })
+        });
+        drop(one_at_a_time);
+        made.map_err(|error| {
+            let reason = errors.first().cloned().unwrap_or_else(|| error.to_string());
+            Error::ContextCreation { n_ctx: config.n_ctx, reason }
+        })?;
+        // SAFETY: it was just made.
+        let limits = unsafe {
+            Limits {
+                n_ctx: (ffi::ta_context_n_ctx_seq(context) as usize).min(config.n_ctx as usize),
+                n_batch: ffi::ta_context_n_batch(context) as usize,
+                n_slots: ffi::ta_context_n_seq_max(context) as usize,
+            }
+        };
+        let end_tokens = model.vocabulary().end_tokens();
+        Ok(LlamaRunner { context, limits, end_tokens, _interrupt: interrupt, model })
+    }
+}
+
+impl Runner for LlamaRunner {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn run(&mut self, batch: &[Row]) -> Outcome {
+        // SAFETY: the scheduler keeps to n_batch rows, known tokens and its own slots.
+        let status = unsafe {
+            ffi::ta_batch_clear(self.context);
+            for row in batch {
+                let (position, slot) = (row.position as i32, row.slot as i32);
+                ffi::ta_batch_add(self.context, row.token, position, slot, row.wants_logits);
+            }
+            ffi::call(|error| ffi::ta_decode(self.context, error))
+        };
+        match status {
+            Ok(0) => Outcome::Done,
+            Ok(ffi::DECODE_NO_ROOM) => Outcome::NoRoom,
+            Ok(ffi::DECODE_ABORTED) => Outcome::Aborted,
+            Ok(status) => Outcome::Failed(format!("llama_decode gave {status}")),
+            Err(error) => Outcome::Failed(error.to_string()),
+        }
+    }
+
+    fn logits(&self, row: usize) -> Result<&[f32]> {
+        let mut logits = std::ptr::null();
+        // SAFETY: a row of the last batch; llama.cpp checks it and gives NULL otherwise.
+        ffi::call(|error| unsafe { ffi::ta_logits(self.context, row as i32, &mut logits, error) })?;
+        if logits.is_null() {
+            return Err(Error::internal(format!("row {row} has no logits")));
+        }
+        // SAFETY: llama.cpp gives as many numbers as the vocabulary has tokens, until the next run.
+        Ok(unsafe { std::slice::from_raw_parts(logits, self.model.vocab_size() as usize) })
+    }
+
+    fn forget(&mut self, slot: usize, from: usize) -> bool {
+        // SAFETY: one of the context's own sequences.
+        unsafe { ffi::ta_sequence_remove(self.context, slot as i32, from as i32, -1) }
+    }
+
+    fn forget_all(&mut self) {
+        // SAFETY: the context is alive.
+        unsafe { ffi::ta_memory_clear(self.context) }
+    }
+
+    fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
+        self.model.vocabulary().piece(token, false, out)
+    }
+
+    fn end_tokens(&self) -> Vec<i32> {
+        self.end_tokens.clone()
+    }
+}
+
+impl Drop for LlamaRunner {
+    fn drop(&mut self) {
+        let _one_at_a_time = self.model.creating();
+        // SAFETY: nobody else has it.
+        unsafe { ffi::ta_context_free(self.context) }
+    }
+}
+
+unsafe extern "C" fn is_set(interrupt: *mut c_void) -> bool {
+    // SAFETY: the runner keeps the interrupt alive as long as its context.
+    unsafe { &*interrupt.cast::<AtomicBool>() }.load(Ordering::Relaxed)
+}

@@ -1,0 +1,85 @@
+//! Which llama.cpp sequence holds which tokens: find a prefix, reserve, release, forget.
+
+/// A slot is one llama.cpp sequence id, and the tokens whose keys and values lie in it.
+///
+/// What a finished request left behind stays, so that the next one with the same beginning
+/// (a conversation's next turn) computes only what is new.
+#[derive(Debug, Default, Clone)]
+pub struct Slot {
+    pub tokens: Vec<i32>,
+    pub busy: bool,
+    /// When it was released: the one that has been idle longest is overwritten first.
+    released: u64,
+}
+
+#[derive(Debug)]
+pub struct Slots {
+    slots: Vec<Slot>,
+    releases: u64,
+}
+
+impl Slots {
+    pub fn new(count: usize) -> Slots {
+        Slots { slots: vec![Slot::default(); count], releases: 0 }
+    }
+
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    pub fn num_busy(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.busy).count()
+    }
+
+    /// The free slot that shares the longest beginning with `prompt`, and how long that is.
+    ///
+    /// The last prompt token never counts: llama.cpp gives logits only for what it decodes.
+    pub fn try_reserve(&mut self, prompt: &[i32]) -> Option<(usize, usize)> {
+        let usable = &prompt[..prompt.len().saturating_sub(1)];
+        let free = self.slots.iter().enumerate().filter(|(_, slot)| !slot.busy);
+        let shared = free.map(|(index, slot)| (index, common_prefix(&slot.tokens, usable), slot));
+        // Among slots that share nothing, an unused or long idle one; a short accidental overlap
+        // (one begin-of-text token) is no reason to overwrite somebody's long conversation.
+        let (index, cached, _) = shared.max_by_key(|(_, cached, slot)| {
+            let worth = if *cached * 2 >= slot.tokens.len() { *cached } else { 0 };
+            (worth, std::cmp::Reverse(slot.released))
+        })?;
+        let slot = &mut self.slots[index];
+        slot.busy = true;
+        slot.tokens.truncate(cached);
+        Some((index, cached))
+    }
+
+    /// `tokens` are those whose keys and values now lie in the slot.
+    pub fn release(&mut self, index: usize, tokens: &[i32]) {
+        self.releases += 1;
+        let slot = &mut self.slots[index];
+        slot.busy = false;
+        slot.released = self.releases;
+        slot.tokens.clear();
+        slot.tokens.extend_from_slice(tokens);
+    }
+
+    /// Free slots that still hold something; nothing is remembered of them afterwards.
+    pub fn forget_idle(&mut self) -> Vec<usize> {
+        let idle = |slot: &Slot| !slot.busy && !slot.tokens.is_empty();
+        let indices: Vec<usize> =
+            self.slots.iter().enumerate().filter_map(|(i, slot)| idle(slot).then_some(i)).collect();
+        for &index in &indices {
+            self.slots[index].tokens.clear();
+        }
+        indices
+    }
+
+    pub fn forget_all(&mut self) {
+        self.slots.iter_mut().for_each(|slot| slot.tokens.clear());
+    }
+}
+
+fn common_prefix(a: &[i32], b: &[i32]) -> usize {
+    a.iter().zip(b).take_while(|(x, y)| x == y).count()
+}

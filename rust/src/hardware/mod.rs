@@ -1,0 +1,12 @@
+//! What this machine is and has: its processor, the ggml module that suits it, its memory.
+
+pub mod cpu;
+pub mod cpuid;
+pub mod cpuinfo;
+pub mod memory;
+pub mod modules;
+pub mod variant;
+
+pub use cpu::{CpuId, CpuInfo, default_threads, detect};
+pub use modules::CpuModule;
+pub use variant::{get_optimal_binary, variant_name};

@@ -1,0 +1,22 @@
+//! Local language models over llama.cpp, without Python and with it.
+//!
+//! ```text
+//! py (feature "python")     plain values for Python, nothing else
+//!   └─ context              requests in, events out; one owner thread for each llama.cpp context
+//!        └─ model           open weights and vocabulary
+//!             └─ gguf, hardware, config, log, ffi (the shim) ─ error
+//! ```
+//!
+//! A request goes down as a `Command` and comes back as `Event`s; there is no third way.
+
+pub mod backend;
+pub mod config;
+pub mod context;
+pub mod error;
+pub mod ffi;
+pub mod gguf;
+pub mod hardware;
+pub mod log;
+pub mod model;
+#[cfg(feature = "python")]
+mod py;

@@ -1,0 +1,199 @@
+//! Text to ids and back, through the shim; and what is known of each token.
+
+use llama_cpp_2::model::LlamaModel;
+use llama_cpp_2::token::LlamaToken;
+use llama_cpp_sys_2::llama_vocab;
+
+use super::load;
+use crate::error::{Error, Result};
+use crate::ffi;
+
+/// llama.cpp's splitter for some vocabularies is `std::regex`, which recurses once per character of
+/// a run. Texts up to this size are safe on any thread.
+const SAFE_ON_ANY_STACK: usize = 2048;
+/// Seen: about 322 bytes of stack per character. Pages that are not touched cost nothing.
+const STACK_PER_BYTE: usize = 512;
+const LONGEST_ON_REGEX: usize = 1 << 20;
+
+/// The vocabulary of a loaded model; it must not outlive the model.
+pub struct Vocabulary {
+    pointer: *const llama_vocab,
+    is_stack_safe: bool,
+    ends_generation: Vec<bool>,
+    longest_piece: usize,
+    bos: i32,
+    eos: i32,
+    newline: i32,
+}
+
+// SAFETY: llama.cpp never changes a vocabulary after loading.
+unsafe impl Send for Vocabulary {}
+// SAFETY: the same.
+unsafe impl Sync for Vocabulary {}
+
+impl Vocabulary {
+    pub(super) fn of(weights: &LlamaModel, is_stack_safe: bool) -> Result<Vocabulary> {
+        // SAFETY: the model is alive.
+        let pointer = unsafe { llama_cpp_sys_2::llama_model_get_vocab(load::pointer(weights)) };
+        let vocab = weights.vocab();
+        let size = vocab.n_tokens();
+        let mut flags = vec![0u8; size.max(0) as usize];
+        let mut longest_piece = 1;
+        ffi::call(|error| {
+            // SAFETY: `flags` has `size` places.
+            unsafe {
+                ffi::ta_vocab_scan(pointer, flags.as_mut_ptr(), size, &mut longest_piece, error)
+            }
+        })?;
+        Ok(Vocabulary {
+            pointer,
+            is_stack_safe,
+            ends_generation: flags.into_iter().map(|flag| flag != 0).collect(),
+            longest_piece: longest_piece.max(1) as usize,
+            bos: id(vocab.bos()),
+            eos: id(vocab.eos()),
+            newline: id(vocab.nl()),
+        })
+    }
+
+    pub fn size(&self) -> u32 {
+        self.ends_generation.len() as u32
+    }
+
+    /// -1 if there is none; so for the other two.
+    pub fn bos(&self) -> i32 {
+        self.bos
+    }
+
+    pub fn eos(&self) -> i32 {
+        self.eos
+    }
+
+    pub fn newline(&self) -> i32 {
+        self.newline
+    }
+
+    pub fn ends_generation(&self, token: i32) -> bool {
+        usize::try_from(token).is_ok_and(|id| self.ends_generation.get(id) == Some(&true))
+    }
+
+    pub(crate) fn end_tokens(&self) -> Vec<i32> {
+        let ids = self.ends_generation.iter().enumerate();
+        ids.filter_map(|(id, ends)| ends.then_some(id as i32)).collect()
+    }
+
+    /// No text of this many bytes has fewer tokens.
+    pub(crate) fn fewest_tokens(&self, bytes: usize) -> usize {
+        bytes / self.longest_piece
+    }
+
+    /// Control tokens written in the text stay plain text unless `special`.
+    pub fn tokenize(&self, text: &str, add_bos: bool, special: bool) -> Result<Vec<i32>> {
+        if self.is_stack_safe || text.len() <= SAFE_ON_ANY_STACK {
+            return self.tokenize_here(text, add_bos, special);
+        }
+        if text.len() > LONGEST_ON_REGEX {
+            let what = format!(
+                "this vocabulary's splitter takes at most {LONGEST_ON_REGEX} bytes at once, got {}",
+                text.len()
+            );
+            return Err(Error::Tokenization { what });
+        }
+        let stack = (1 << 20) + text.len() * STACK_PER_BYTE;
+        std::thread::scope(|scope| {
+            let worker = std::thread::Builder::new()
+                .stack_size(stack)
+                .spawn_scoped(scope, || self.tokenize_here(text, add_bos, special))
+                .map_err(|error| Error::internal(format!("no thread to tokenize on: {error}")))?;
+            worker.join().unwrap_or_else(|_| Err(Error::internal("the tokenizer panicked")))
+        })
+    }
+
+    fn tokenize_here(&self, text: &str, add_bos: bool, special: bool) -> Result<Vec<i32>> {
+        let too_long = || Error::Tokenization { what: format!("{} bytes at once", text.len()) };
+        let length = i32::try_from(text.len()).map_err(|_| too_long())?;
+        let mut tokens = vec![0i32; text.len() / 3 + 8];
+        loop {
+            let capacity = i32::try_from(tokens.len()).map_err(|_| too_long())?;
+            let mut count = 0;
+            ffi::call(|error| {
+                // SAFETY: pointers and lengths of live buffers.
+                unsafe {
+                    ffi::ta_tokenize(
+                        self.pointer,
+                        text.as_ptr().cast(),
+                        length,
+                        tokens.as_mut_ptr(),
+                        capacity,
+                        add_bos,
+                        special,
+                        &mut count,
+                        error,
+                    )
+                }
+            })
+            .map_err(|error| Error::Tokenization { what: error.to_string() })?;
+            match count {
+                i32::MIN => return Err(too_long()),
+                count if count < 0 => tokens.resize(count.unsigned_abs() as usize, 0),
+                _ => {
+                    tokens.truncate(count as usize);
+                    return Ok(tokens);
+                }
+            }
+        }
+    }
+
+    /// Adds the bytes of one token; they need not be whole characters.
+    pub fn piece(&self, token: i32, special: bool, out: &mut Vec<u8>) -> Result<()> {
+        self.check(token, 0)?;
+        let start = out.len();
+        let mut room = 32;
+        loop {
+            out.resize(start + room as usize, 0);
+            let mut length = 0;
+            ffi::call(|error| {
+                // SAFETY: `room` bytes are free behind `start`, and the id was checked.
+                unsafe {
+                    let free = out.as_mut_ptr().add(start).cast();
+                    ffi::ta_piece(self.pointer, token, free, room, special, &mut length, error)
+                }
+            })
+            .inspect_err(|_| out.truncate(start))?;
+            if length >= 0 {
+                out.truncate(start + length as usize);
+                return Ok(());
+            }
+            room = -length;
+        }
+    }
+
+    pub fn detokenize(&self, tokens: &[i32], special: bool) -> Result<String> {
+        let mut bytes = Vec::with_capacity(tokens.len() * 4);
+        self.check_all(tokens)?;
+        for &token in tokens {
+            self.piece(token, special, &mut bytes)?;
+        }
+        Ok(String::from_utf8(bytes)
+            .unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
+    }
+
+    pub fn check_all(&self, tokens: &[i32]) -> Result<()> {
+        tokens.iter().enumerate().try_for_each(|(index, &token)| self.check(token, index))
+    }
+
+    fn check(&self, token: i32, index: usize) -> Result<()> {
+        match token {
+            0.. if (token as usize) < self.ends_generation.len() => Ok(()),
+            _ => Err(Error::invalid(
+                &format!("tokens[{index}]"),
+                token,
+                &format!("from 0 to {}", self.ends_generation.len() as i64 - 1),
+            )),
+        }
+    }
+}
+
+fn id(token: LlamaToken) -> i32 {
+    token.0.max(-1)
+}

@@ -1,0 +1,225 @@
+//! Python values → what the core takes; what the core gives → Python values. And the guard that
+//! every call goes through.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use pyo3::exceptions::PyOverflowError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyDict, PyMapping, PyString};
+
+use super::error::exception;
+use crate::config::{GenerationConfig, Priority};
+use crate::context::Prompt;
+use crate::context::message::Stats;
+use crate::error::{Error, Result};
+use crate::gguf::Description;
+use crate::log::Level;
+
+/// Lets go of Python, does the work, and turns errors and panics into exceptions of ours.
+pub(super) fn guarded<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> PyResult<T> {
+    let done = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
+    done.unwrap_or_else(|panic| Err(Error::internal(said(&*panic)))).map_err(|e| exception(&e))
+}
+
+/// What a panic said; also used where no Python is at hand.
+fn said(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("a panic: {}", text.unwrap_or_else(|| "without a message".into()))
+}
+
+/// Text, or a sequence of token ids.
+pub(super) fn prompt(value: &Bound<'_, PyAny>) -> PyResult<Prompt> {
+    if let Ok(text) = value.cast::<PyString>() {
+        return Ok(Prompt::Text(self::text(text)?.to_owned()));
+    }
+    let not_a_prompt = |_| {
+        let kind = value.get_type().to_string();
+        exception(&Error::invalid("prompt", kind, "text or a list of token ids"))
+    };
+    let ids = value.try_iter().map_err(not_a_prompt)?;
+    let ids = ids.enumerate().map(|(index, id)| token(&id?, &format!("prompt[{index}]")));
+    Ok(Prompt::Tokens(ids.collect::<PyResult<_>>()?))
+}
+
+pub(super) fn tokens(values: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
+    let ids = values.try_iter()?.enumerate();
+    ids.map(|(index, id)| token(&id?, &format!("tokens[{index}]"))).collect()
+}
+
+fn token(value: &Bound<'_, PyAny>, name: &str) -> PyResult<i32> {
+    let refused = || exception(&Error::invalid(name, shown(value), "a token id"));
+    if value.is_instance_of::<PyBool>() {
+        return Err(refused());
+    }
+    value.extract::<i32>().map_err(|_| refused())
+}
+
+/// Python text that is not Unicode (a lone surrogate) is refused by name.
+pub(super) fn text<'a>(value: &'a Bound<'_, PyString>) -> PyResult<&'a str> {
+    value.to_str().map_err(|error| {
+        exception(&Error::Tokenization { what: error.value(value.py()).to_string() })
+    })
+}
+
+/// Any mapping with fields of GenerationConfig.
+pub(super) fn generation_config(params: &Bound<'_, PyMapping>) -> PyResult<GenerationConfig> {
+    let mut config = GenerationConfig::default();
+    for pair in params.items()?.iter() {
+        let (name, value): (String, Bound<'_, PyAny>) = pair.extract()?;
+        set(&mut config, &name, &value)?;
+    }
+    Ok(config)
+}
+
+pub(super) fn set(
+    config: &mut GenerationConfig,
+    name: &str,
+    value: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    match name {
+        "max_tokens" => config.max_tokens = whole(name, value)?,
+        "temperature" => config.temperature = number(name, value)? as f32,
+        "top_p" => config.top_p = number(name, value)? as f32,
+        "top_k" => config.top_k = whole(name, value)?,
+        "min_p" => config.min_p = number(name, value)? as f32,
+        "repeat_penalty" => config.repeat_penalty = number(name, value)? as f32,
+        "presence_penalty" => config.presence_penalty = number(name, value)? as f32,
+        "frequency_penalty" => config.frequency_penalty = number(name, value)? as f32,
+        "penalty_last_n" => config.penalty_last_n = whole(name, value)?,
+        "stop" => config.stop = stops(value)?,
+        "seed" => config.seed = whole(name, value)?,
+        "ignore_eos" => config.ignore_eos = value.is_truthy()?,
+        "min_tokens" => config.min_tokens = whole(name, value)?,
+        "timeout_s" => config.timeout = timeout(value)?,
+        "priority" => config.priority = priority(value)?,
+        "add_bos" => config.add_bos = value.is_truthy()?,
+        "special" => config.special = value.is_truthy()?,
+        _ => {
+            let known = "a field of GenerationConfig";
+            return Err(exception(&Error::invalid("params", format!("`{name}`"), known)));
+        }
+    }
+    Ok(())
+}
+
+fn whole<'py, T: for<'a> FromPyObject<'a, 'py>>(
+    name: &str,
+    value: &Bound<'py, PyAny>,
+) -> PyResult<T> {
+    let extracted = if value.is_instance_of::<PyBool>() { None } else { value.extract().ok() };
+    extracted.ok_or_else(|| {
+        let is_large =
+            value.extract::<i64>().is_err_and(|e| e.is_instance_of::<PyOverflowError>(value.py()));
+        let allowed =
+            if is_large { "a whole number of 64 bits" } else { "a whole number in range" };
+        exception(&Error::invalid(name, shown(value), allowed))
+    })
+}
+
+fn number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
+    let refused = || exception(&Error::invalid(name, shown(value), "a number"));
+    if value.is_instance_of::<PyBool>() {
+        return Err(refused());
+    }
+    value.extract().map_err(|_| refused())
+}
+
+fn stops(value: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
+    if let Ok(one) = value.cast::<PyString>() {
+        return Ok(vec![text(one)?.to_owned()]);
+    }
+    value.extract().map_err(|_| {
+        exception(&Error::invalid("stop", shown(value), "a string or several strings"))
+    })
+}
+
+fn timeout(value: &Bound<'_, PyAny>) -> PyResult<Option<Duration>> {
+    if value.is_none() {
+        return Ok(None);
+    }
+    let seconds = number("timeout_s", value)?;
+    if seconds.is_nan() || seconds <= 0.0 {
+        return Err(exception(&Error::invalid("timeout_s", seconds, "more than 0")));
+    }
+    Ok(Duration::try_from_secs_f64(seconds).ok()) // longer than a Duration is no limit at all
+}
+
+fn priority(value: &Bound<'_, PyAny>) -> PyResult<Priority> {
+    match value.extract::<String>().as_deref() {
+        Ok("high") => Ok(Priority::High),
+        Ok("normal") => Ok(Priority::Normal),
+        Ok("low") => Ok(Priority::Low),
+        _ => {
+            let allowed = "`high`, `normal` or `low`";
+            Err(exception(&Error::invalid("priority", shown(value), allowed)))
+        }
+    }
+}
+
+/// A value as an error message quotes it: short.
+fn shown(value: &Bound<'_, PyAny>) -> String {
+    let text = value.repr().map_or_else(|_| "something".into(), |repr| repr.to_string());
+    text.chars().take(60).collect()
+}
+
+pub(super) fn stats<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, PyDict>> {
+    let values = PyDict::new(py);
+    values.set_item("prompt_tokens", stats.prompt_tokens)?;
+    values.set_item("cached_tokens", stats.cached_tokens)?;
+    values.set_item("generated_tokens", stats.generated_tokens)?;
+    values.set_item("n_ctx", stats.n_ctx)?;
+    values.set_item("seed", stats.seed)?;
+    values.set_item("queue_ms", stats.queue_ms)?;
+    values.set_item("prompt_ms", stats.prompt_ms)?;
+    values.set_item("first_token_ms", stats.first_token_ms)?;
+    values.set_item("decode_ms", stats.decode_ms)?;
+    values.set_item("total_ms", stats.total_ms)?;
+    Ok(values)
+}
+
+pub(super) fn description<'py>(
+    py: Python<'py>,
+    found: &Description,
+) -> PyResult<Bound<'py, PyDict>> {
+    let values = PyDict::new(py);
+    let shards: Vec<String> =
+        found.shards.iter().map(|p| p.to_string_lossy().into_owned()).collect();
+    values.set_item("path", found.path.to_string_lossy())?;
+    values.set_item("shards", shards)?;
+    values.set_item("size_bytes", found.size_bytes)?;
+    values.set_item("architecture", &found.architecture)?;
+    values.set_item("name", &found.name)?;
+    values.set_item("n_params", found.n_params)?;
+    values.set_item("quantization", &found.quantization)?;
+    values.set_item("n_ctx_train", found.n_ctx_train)?;
+    values.set_item("n_layers", found.n_layers)?;
+    values.set_item("n_embd", found.n_embd)?;
+    values.set_item("n_head", found.n_head)?;
+    values.set_item("n_head_kv", found.n_head_kv)?;
+    values.set_item("n_vocab", found.n_vocab)?;
+    values.set_item("tokenizer", &found.tokenizer)?;
+    values.set_item("pre_tokenizer", &found.pre)?;
+    values.set_item("has_chat_template", found.has_chat_template)?;
+    values.set_item("is_embedding", found.is_embedding)?;
+    values.set_item("kv_bytes_per_token", found.kv_bytes_per_token())?;
+    Ok(values)
+}
+
+pub(super) fn level(level: Level) -> &'static str {
+    match level {
+        Level::Debug => "debug",
+        Level::Info => "info",
+        Level::Warning => "warning",
+        Level::Error => "error",
+    }
+}
+
+pub(super) fn mib(bytes: u64) -> f64 {
+    bytes as f64 / 1_048_576.0
+}

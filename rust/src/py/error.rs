@@ -1,0 +1,52 @@
+//! One match: `Error` → the class in `tabagent_model.errors`.
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::error::Error;
+
+/// The exception for an error, with its message, its hint and its facts.
+pub(super) fn exception(error: &Error) -> PyErr {
+    Python::attach(|py| build(py, error).unwrap_or_else(|failed| failed))
+}
+
+fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
+    let facts = PyDict::new(py);
+    facts.set_item("hint", error.hint())?;
+    let class = match error {
+        Error::ModelNotFound { .. } => "ModelNotFoundError",
+        Error::UnreadableModel { .. } => "UnreadableModelError",
+        Error::InvalidFormat { .. } => "InvalidFormatError",
+        Error::ModelCorrupted { .. } => "ModelCorruptedError",
+        Error::UnsupportedModel { .. } => "UnsupportedModelError",
+        Error::LoadCancelled { .. } => "LoadCancelledError",
+        Error::NoBackend { .. } => "BackendError",
+        Error::OutOfMemory { needed, free, .. } => {
+            facts.set_item("needed", needed)?;
+            facts.set_item("free", free)?;
+            "OutOfMemoryError"
+        }
+        Error::ContextCreation { .. } => "ContextTooSmallError",
+        Error::InvalidRequest { name, .. } => {
+            facts.set_item("name", name)?;
+            "InvalidRequestError"
+        }
+        Error::ContextLimitExceeded { max, required } => {
+            facts.set_item("name", "prompt")?;
+            facts.set_item("max", max)?;
+            facts.set_item("required", required)?;
+            "ContextLimitExceededError"
+        }
+        Error::Tokenization { .. } => "TokenizationError",
+        Error::Sampling { .. } => "SamplingError",
+        Error::GenerationTimeout { .. } => "GenerationTimeoutError",
+        Error::QueueFull { .. } => "QueueFullError",
+        Error::ModelNotLoaded { .. } => "ModelNotLoadedError",
+        Error::ForkedProcess { .. } => "ForkedProcessError",
+        Error::Hardware { .. } => "HardwareError",
+        Error::BinaryNotFound { .. } => "BinaryNotFoundError",
+        Error::Internal { .. } => "InternalError",
+    };
+    let class = py.import("tabagent_model.errors")?.getattr(class)?;
+    Ok(PyErr::from_value(class.call((error.to_string(),), Some(&facts))?))
+}

@@ -1,0 +1,342 @@
+//! PyModel: weights and vocabulary; short methods around `Model`.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::exceptions::PyDeprecationWarning;
+use pyo3::prelude::*;
+use pyo3::types::{PyAny, PyDict, PyString};
+
+use super::context::PyContext;
+use super::convert::{self, guarded};
+use super::error::exception;
+use crate::config::{ContextConfig, FlashAttention, KvType, ModelConfig, SplitMode};
+use crate::error::{Error, Result};
+use crate::hardware::memory;
+use crate::model::{Model, return_free_memory};
+
+#[pyclass(frozen, module = "tabagent_model._core")]
+#[derive(Default)]
+pub struct PyModel {
+    model: Mutex<Option<Arc<Model>>>,
+    /// The context of the seeds' `model.generate`, made when first asked for.
+    own_context: Mutex<Option<Py<PyContext>>>,
+}
+
+#[pymethods]
+impl PyModel {
+    #[new]
+    fn new() -> PyModel {
+        PyModel::default()
+    }
+
+    #[pyo3(signature = (model_path=None, *, dll_path=None, gpu_layers=0, mlock=false, mmap=true,
+        main_gpu=0, vocab_only=false, split_mode="layer", progress=None, library_path=None,
+        n_gpu_layers=None, use_mlock=None))]
+    #[allow(clippy::too_many_arguments)] // the seed's signature
+    fn load(
+        &self,
+        py: Python<'_>,
+        model_path: Option<PathBuf>,
+        dll_path: Option<&Bound<'_, PyAny>>,
+        gpu_layers: i32,
+        mlock: bool,
+        mmap: bool,
+        main_gpu: i32,
+        vocab_only: bool,
+        split_mode: &str,
+        progress: Option<Py<PyAny>>,
+        library_path: Option<&Bound<'_, PyAny>>,
+        n_gpu_layers: Option<i32>,
+        use_mlock: Option<bool>,
+    ) -> PyResult<()> {
+        if dll_path.is_some() || library_path.is_some() {
+            let message =
+                c"`dll_path` and `library_path` are ignored: the package brings its own llama.cpp";
+            PyErr::warn(py, &py.get_type::<PyDeprecationWarning>(), message, 1)?;
+        }
+        py.import("tabagent_model._native")?.call_method0("start")?;
+        let gpu_layers = n_gpu_layers.unwrap_or(gpu_layers);
+        if gpu_layers < -1 {
+            return Err(exception(&Error::invalid("gpu_layers", gpu_layers, "-1 (all) or more")));
+        }
+        let config = ModelConfig {
+            gpu_layers,
+            main_gpu,
+            mmap,
+            mlock: use_mlock.unwrap_or(mlock),
+            vocab_only,
+            split_mode: self::split_mode(split_mode)?,
+            ..guarded(py, move || ModelConfig::new(model_path_of(model_path)?))?
+        };
+        self.drop_model(py); // the old one's memory is free before the new one needs its own
+        let raised: Arc<Mutex<Option<PyErr>>> = Arc::default();
+        let slot = raised.clone();
+        let tell = move |fraction| match said_go_on(progress.as_ref(), fraction) {
+            Ok(go_on) => go_on,
+            Err(error) => {
+                *lock(&slot) = Some(error);
+                false
+            }
+        };
+        let loaded = guarded(py, || Model::load_with(config, tell));
+        if let Some(error) = lock(&raised).take() {
+            return Err(error);
+        }
+        *lock(&self.model) = Some(loaded?);
+        Ok(())
+    }
+
+    #[pyo3(signature = (timeout=5.0))]
+    fn unload<'py>(&self, py: Python<'py>, timeout: f64) -> PyResult<Bound<'py, PyDict>> {
+        let _ = timeout; // requests end within one step, so there is nothing to wait out
+        let before = memory::resident_bytes();
+        let was_loaded = self.drop_model(py);
+        let after = memory::resident_bytes();
+        let freed = before.zip(after).map(|(b, a)| convert::mib(b) - convert::mib(a));
+        let report = PyDict::new(py);
+        report.set_item("was_loaded", was_loaded)?;
+        report.set_item("rss_before_mb", before.map(convert::mib))?;
+        report.set_item("rss_after_mb", after.map(convert::mib))?;
+        report.set_item("freed_mb", freed)?;
+        Ok(report)
+    }
+
+    #[getter]
+    fn is_loaded(&self) -> bool {
+        lock(&self.model).is_some()
+    }
+
+    #[getter]
+    fn path(&self) -> PyResult<String> {
+        Ok(self.model()?.config().path.to_string_lossy().into_owned())
+    }
+
+    #[getter]
+    fn gpu_layers(&self) -> PyResult<u32> {
+        Ok(self.model()?.gpu_layers())
+    }
+
+    #[getter]
+    fn load_time_ms(&self) -> PyResult<f64> {
+        Ok(self.model()?.load_time().as_secs_f64() * 1e3)
+    }
+
+    #[getter]
+    fn size_bytes(&self) -> PyResult<u64> {
+        Ok(self.model()?.size_bytes())
+    }
+
+    #[getter]
+    fn n_params(&self) -> PyResult<u64> {
+        Ok(self.model()?.n_params())
+    }
+
+    fn vocab_size(&self) -> PyResult<u32> {
+        Ok(self.model()?.vocab_size())
+    }
+
+    fn context_train_size(&self) -> PyResult<u32> {
+        Ok(self.model()?.context_train_size())
+    }
+
+    fn embedding_dim(&self) -> PyResult<u32> {
+        Ok(self.model()?.embedding_dim())
+    }
+
+    fn layer_count(&self) -> PyResult<u32> {
+        Ok(self.model()?.layer_count())
+    }
+
+    fn token_bos(&self) -> PyResult<i32> {
+        Ok(self.model()?.vocabulary().bos())
+    }
+
+    fn token_eos(&self) -> PyResult<i32> {
+        Ok(self.model()?.vocabulary().eos())
+    }
+
+    fn token_nl(&self) -> PyResult<i32> {
+        Ok(self.model()?.vocabulary().newline())
+    }
+
+    fn is_eog(&self, token: i32) -> PyResult<bool> {
+        Ok(self.model()?.vocabulary().ends_generation(token))
+    }
+
+    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let model = self.model()?;
+        let values = PyDict::new(py);
+        for (key, value) in model.metadata() {
+            values.set_item(key, value)?;
+        }
+        Ok(values)
+    }
+
+    fn chat_template(&self) -> PyResult<Option<String>> {
+        Ok(self.model()?.chat_template().map(str::to_owned))
+    }
+
+    #[pyo3(signature = (text, add_bos=true, special=false))]
+    fn tokenize(
+        &self,
+        text: &Bound<'_, PyString>,
+        add_bos: bool,
+        special: bool,
+    ) -> PyResult<Vec<i32>> {
+        let (model, py) = (self.model()?, text.py());
+        let text = convert::text(text)?;
+        guarded(py, || model.vocabulary().tokenize(text, add_bos, special))
+    }
+
+    #[pyo3(signature = (tokens, special=false))]
+    fn detokenize(&self, tokens: &Bound<'_, PyAny>, special: bool) -> PyResult<String> {
+        let (model, py) = (self.model()?, tokens.py());
+        let tokens = convert::tokens(tokens)?;
+        guarded(py, || model.vocabulary().detokenize(&tokens, special))
+    }
+
+    #[pyo3(signature = (token, special=false))]
+    fn token_to_bytes(&self, py: Python<'_>, token: i32, special: bool) -> PyResult<Vec<u8>> {
+        let model = self.model()?;
+        guarded(py, || {
+            let mut bytes = Vec::new();
+            model.vocabulary().piece(token, special, &mut bytes)?;
+            Ok(bytes)
+        })
+    }
+
+    #[pyo3(signature = (n_ctx=4096, n_batch=512, n_threads=0, *, n_seq_max=0, queue_size=1024,
+        flash_attn="auto", kv_type="f16", offload_kqv=true))]
+    #[allow(clippy::too_many_arguments)] // a keyword each
+    fn create_context(
+        &self,
+        py: Python<'_>,
+        n_ctx: u32,
+        n_batch: u32,
+        n_threads: u32,
+        n_seq_max: u32,
+        queue_size: usize,
+        flash_attn: &str,
+        kv_type: &str,
+        offload_kqv: bool,
+    ) -> PyResult<PyContext> {
+        let config = ContextConfig {
+            n_ctx,
+            n_batch,
+            n_threads,
+            n_seq_max,
+            queue_size,
+            flash_attn: self::flash_attn(flash_attn)?,
+            kv_type: self::kv_type(kv_type)?,
+            offload_kqv,
+        };
+        let model = self.model()?;
+        let context = guarded(py, || model.create_context_with(&config))?;
+        Ok(PyContext::new(context))
+    }
+
+    #[pyo3(signature = (prompt, max_tokens=100, **sampling))]
+    fn generate(
+        &self,
+        prompt: &Bound<'_, PyAny>,
+        max_tokens: i64,
+        sampling: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<String> {
+        let py = prompt.py();
+        let context = self.own_context(py)?;
+        context.get().generate(prompt, max_tokens, None, sampling)
+    }
+
+    fn __enter__(this: Py<PyModel>) -> Py<PyModel> {
+        this
+    }
+
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, pyo3::types::PyTuple>) {
+        self.drop_model(py);
+    }
+}
+
+impl PyModel {
+    fn model(&self) -> PyResult<Arc<Model>> {
+        let model = lock(&self.model).clone();
+        let model = model.ok_or_else(|| Error::ModelNotLoaded { what: "the model".into() });
+        model.and_then(|model| model.check_process().map(|()| model)).map_err(|e| exception(&e))
+    }
+
+    /// Ends what runs, frees contexts first and then weights. False: nothing was loaded.
+    fn drop_model(&self, py: Python<'_>) -> bool {
+        drop(lock(&self.own_context).take());
+        let Some(model) = lock(&self.model).take() else { return false };
+        py.detach(|| {
+            model.close_contexts();
+            drop(model);
+            return_free_memory();
+        });
+        true
+    }
+
+    fn own_context(&self, py: Python<'_>) -> PyResult<Py<PyContext>> {
+        if let Some(context) = &*lock(&self.own_context) {
+            return Ok(context.clone_ref(py));
+        }
+        let model = self.model()?;
+        let context = guarded(py, || model.create_context())?;
+        let context = Py::new(py, PyContext::new(context))?;
+        *lock(&self.own_context) = Some(context.clone_ref(py));
+        Ok(context)
+    }
+}
+
+impl Drop for PyModel {
+    fn drop(&mut self) {
+        Python::attach(|py| self.drop_model(py));
+    }
+}
+
+/// Asks the caller's function, and lets Ctrl-C through while llama.cpp reads.
+fn said_go_on(progress: Option<&Py<PyAny>>, fraction: f32) -> PyResult<bool> {
+    Python::attach(|py| {
+        py.check_signals()?;
+        let Some(progress) = progress else { return Ok(true) };
+        let answer = progress.bind(py).call1((fraction,))?;
+        Ok(answer.is_none() || answer.is_truthy()?)
+    })
+}
+
+fn model_path_of(path: Option<PathBuf>) -> Result<PathBuf> {
+    path.ok_or_else(|| Error::invalid("model_path", "nothing", "the path of a GGUF file"))
+}
+
+fn split_mode(name: &str) -> PyResult<SplitMode> {
+    match name {
+        "none" => Ok(SplitMode::None),
+        "layer" => Ok(SplitMode::Layer),
+        "row" => Ok(SplitMode::Row),
+        _ => Err(exception(&Error::invalid("split_mode", name, "`none`, `layer` or `row`"))),
+    }
+}
+
+fn flash_attn(name: &str) -> PyResult<FlashAttention> {
+    match name {
+        "auto" => Ok(FlashAttention::Auto),
+        "on" => Ok(FlashAttention::On),
+        "off" => Ok(FlashAttention::Off),
+        _ => Err(exception(&Error::invalid("flash_attn", name, "`auto`, `on` or `off`"))),
+    }
+}
+
+fn kv_type(name: &str) -> PyResult<KvType> {
+    match name {
+        "f32" => Ok(KvType::F32),
+        "f16" => Ok(KvType::F16),
+        "bf16" => Ok(KvType::Bf16),
+        "q8_0" => Ok(KvType::Q8_0),
+        _ => Err(exception(&Error::invalid("kv_type", name, "`f32`, `f16`, `bf16` or `q8_0`"))),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

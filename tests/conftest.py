@@ -1,0 +1,62 @@
+"""What tests share: the two faces behind one interface, and the bundled model."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tabagent_model import AsyncModel, AsyncTextStream, Model, TextStream
+from tabagent_model.testing import ScriptedContext
+
+
+class Face:
+    """Model or AsyncModel, so that one test body runs on both."""
+
+    def __init__(self, model: Model | AsyncModel) -> None:
+        self.model = model
+
+    async def call(self, name: str, *args: Any, **fields: Any) -> Any:
+        method = functools.partial(getattr(self.model, name), *args, **fields)
+        return await (method() if isinstance(self.model, AsyncModel) else asyncio.to_thread(method))
+
+    async def generate(self, *args: Any, **fields: Any) -> Any:
+        return await self.call("generate", *args, **fields)
+
+    async def pieces(self, stream: TextStream | AsyncTextStream) -> AsyncIterator[str]:
+        if isinstance(stream, AsyncTextStream):
+            async for piece in stream:
+                yield piece
+        else:
+            while (piece := await asyncio.to_thread(next, stream, None)) is not None:
+                yield piece
+
+    async def close(self, stream: TextStream | AsyncTextStream) -> None:
+        if isinstance(stream, AsyncTextStream):
+            await stream.aclose()
+        else:
+            await asyncio.to_thread(stream.close)
+
+
+@pytest.fixture(params=[Model, AsyncModel], ids=["sync", "async"])
+def face(request: pytest.FixtureRequest) -> Iterator[Callable[[ScriptedContext], Face]]:
+    contexts: list[ScriptedContext] = []
+
+    def make(context: ScriptedContext) -> Face:
+        contexts.append(context)
+        return Face(request.param(context))
+
+    yield make
+    for context in contexts:
+        context.close()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Iterator[Model]:
+    with Model.load(n_ctx=512, max_parallel=4) as model:
+        yield model
