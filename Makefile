@@ -15,7 +15,7 @@ PIP     := $(BIN)/python -m pip install $(QUIETLY)
 .PHONY: try test lint bench docs wheel clean
 
 try: $(VENV)/installed
-	@$(BIN)/python -m tabagent_model "What is the capital of France?"
+	@$(BIN)/python -m tabagent_model generate "What is the capital of France?"
 
 test: $(VENV)/installed-for-tests lint
 	$(CARGO) test --release --no-default-features

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -60,7 +61,10 @@ def documents(seed: int) -> Iterator[str]:
     while True:
         shape = rng.random()
         if shape < 0.60:
-            yield render(_with_neutral_system(rng, training_sample(rng)))
+            sample = _with_neutral_system(rng, training_sample(rng))
+            if rng.random() < 0.1 and sample.messages[0]["role"] != "system":
+                sample = replace(sample, messages=(*sample.messages, *_plain_turn(rng)))
+            yield render(sample)
         elif shape < 0.72:
             yield render(_conversation(rng, turns=rng.choice([2, 2, 3, 3, 4, 5, 6])))
         elif shape < 0.725:
@@ -97,7 +101,9 @@ def held_back(kind: str, count: int, seed: int) -> list[Sample]:
 def small_talk(rng: random.Random) -> Sample:
     if rng.random() < 0.4:
         (said, answer), name = rng.choice(t.INTRODUCTIONS), _name(rng)
-        return _turn("small talk", f"{said}/{name}", said.format(name=name), answer.format(name=name))
+        return _turn(
+            "small talk", f"{said}/{name}", said.format(name=name), answer.format(name=name)
+        )
     phrases, answer = rng.choice(t.SMALL_TALK)
     phrase, ending = rng.choice(phrases), rng.choice(["", "", "", " :)", " Computer.", " friend"])
     return _turn("small talk", phrase + ending, phrase + ending, answer)
@@ -119,6 +125,12 @@ def unknown(rng: random.Random) -> Sample:
         a, b = rng.randint(100, 9999), rng.randint(3, 9999)
         question = rng.choice([f"What is {a} + {b}?", f"What is {a} * {b}?", f"{a} plus {b}"])
         return _turn(kind, question, question, t.TOO_LARGE)
+    if rng.random() < 0.1:
+        noise = " ".join(_invented(rng) for _ in range(rng.randint(1, 4)))
+        question = rng.choice(
+            [noise, noise, f"{noise}?", "?" * rng.randint(1, 4), "." * rng.randint(1, 4)]
+        )
+        return _turn(kind, question, question, t.DO_NOT_UNDERSTAND)
     pattern, things = rng.choice(t.UNKNOWN)
     thing = rng.choice(things) if things else _invented(rng).capitalize()
     question = pattern.format(x=thing.lower() if pattern == "What is a {x}?" else thing)
@@ -140,7 +152,17 @@ class Fact:
 def _facts() -> dict[str, list[Fact]]:
     """All facts by topic, each with several ways to ask for it."""
     found: dict[str, list[Fact]] = {
-        topic: [] for topic in ("places", "words", "colours", "units", "animals", "calendar", "numbers")
+        topic: []
+        for topic in (
+            "places",
+            "words",
+            "colours",
+            "units",
+            "animals",
+            "calendar",
+            "numbers",
+            "times",
+        )
     }
 
     def add(topic: str, name: str, sentence: str, word: str, *questions: str) -> None:
@@ -212,6 +234,10 @@ def _facts() -> dict[str, list[Fact]]:
         add("numbers", f"digits of {word}", f"{_capital(word)} is {number}.", str(number),
             f"Write {word} as a number.", f"Write {word} in digits.", f"Which number is {word}?",
             f"What is {word} in digits?", f"What number is {word}?")  # fmt: skip
+    for a, b in itertools.product(range(11), range(11)):
+        add("times", f"{a} times {b}", f"{a} * {b} = {a * b}", str(a * b), f"What is {a} * {b}?",
+            f"What is {a} times {b}?", f"{a} * {b}", f"{a} times {b}", f"{a}*{b}",
+            f"How much is {a} times {b}?", f"Multiply {a} by {b}.")  # fmt: skip
     for number in range(100):
         add("numbers", f"after {number}", f"{number + 1} comes after {number}.", str(number + 1),
             f"What number comes after {number}?", f"What comes after {number}?",
@@ -225,7 +251,7 @@ def _facts() -> dict[str, list[Fact]]:
 def _fact(rng: random.Random) -> Fact:
     facts = _facts()
     weights = {"places": 4, "words": 3, "colours": 2, "units": 2, "animals": 3, "calendar": 2,
-               "numbers": 3}  # fmt: skip
+               "numbers": 3, "times": 3}  # fmt: skip
     return rng.choice(facts[rng.choices(list(weights), list(weights.values()))[0]])
 
 
@@ -248,11 +274,17 @@ def _claim(rng: random.Random) -> tuple[str, str, str, str]:
         country = rng.choice(list(t.CAPITALS))
         true = t.CAPITALS[country]
         said = true if rng.random() < 0.5 else rng.choice(list(t.CAPITALS.values()))
-        question, sentence = f"Is {said} the capital of {country}?", f"the capital of {country} is {true}."
+        question, sentence = (
+            f"Is {said} the capital of {country}?",
+            f"the capital of {country} is {true}.",
+        )
     elif shape == "opposite":
         word, true = rng.choice(t.OPPOSITES)
         said = true if rng.random() < 0.5 else rng.choice(t.OPPOSITES)[1]
-        question, sentence = f"Is {said} the opposite of {word}?", f"the opposite of {word} is {true}."
+        question, sentence = (
+            f"Is {said} the opposite of {word}?",
+            f"the opposite of {word} is {true}.",
+        )
     elif shape == "colour":
         thing, true = rng.choice(list(t.COLOURS.items()))
         said = true if rng.random() < 0.5 else rng.choice(list(t.COLOURS.values()))
@@ -268,8 +300,16 @@ def _claim(rng: random.Random) -> tuple[str, str, str, str]:
     else:
         a, b = rng.sample(range(51), 2)
         low, high = min(a, b), max(a, b)
-        question, said, true = f"Is {a} {shape} than {b}?", str(a), str(high if shape == "larger" else low)
-        sentence = f"{high} is larger than {low}." if shape == "larger" else f"{low} is smaller than {high}."
+        question, said, true = (
+            f"Is {a} {shape} than {b}?",
+            str(a),
+            str(high if shape == "larger" else low),
+        )
+        sentence = (
+            f"{high} is larger than {low}."
+            if shape == "larger"
+            else f"{low} is smaller than {high}."
+        )
     return question, question, "Yes" if said == true else "No", sentence
 
 
@@ -297,11 +337,13 @@ def count(rng: random.Random) -> Sample:
     start = rng.randint(0, 80)
     end = start + rng.randint(2, 20)
     shape = rng.random()
-    if shape < 0.25:
-        start, end = 1, rng.randint(3, 40)
+    if shape < 0.3:
+        start, end = 1, rng.randint(3, 100 if shape < 0.05 else 40)
         question = rng.choice([f"Count to {end}.", f"Count from 1 to {end}."])
     elif shape < 0.8:
-        question = rng.choice([f"Count from {start} to {end}.", f"List the numbers from {start} to {end}."])
+        question = rng.choice(
+            [f"Count from {start} to {end}.", f"List the numbers from {start} to {end}."]
+        )
     else:
         start, end = end, start
         question = f"Count down from {start} to {end}."
@@ -311,13 +353,19 @@ def count(rng: random.Random) -> Sample:
 
 
 def lists(rng: random.Random) -> Sample:
-    shape = rng.choice(["name", "pick", "bullets", "first", "last", "sort", "reverse", "length", "comma"])
+    shape = rng.choice(
+        ["name", "pick", "bullets", "first", "last", "sort", "reverse", "length", "comma"]
+    )
     if shape == "name":
         group, number = rng.choice(list(t.CATEGORIES)), rng.randint(2, 6)
-        form = rng.choice(["Name {} {}.", "List {} {}.", "Give me {} {}.", "Tell me {} {}.", "Write {} {}."])
+        form = rng.choice(
+            ["Name {} {}.", "List {} {}.", "Give me {} {}.", "Tell me {} {}.", "Write {} {}."]
+        )
         said = rng.choice([t.ONES[number], str(number)])
         answer = _capital(_and(t.CATEGORIES[group][:number])) + "."
-        return _asked("lists", rng, form.format(said, group), answer, key=f"{group}/{number}/{form}/{said}")
+        return _asked(
+            "lists", rng, form.format(said, group), answer, key=f"{group}/{number}/{form}/{said}"
+        )
     if shape == "pick":
         group, *others = rng.sample(list(t.CATEGORIES), rng.randint(3, 4))
         right = rng.choice(t.CATEGORIES[group])
@@ -340,7 +388,9 @@ def lists(rng: random.Random) -> Sample:
         form = rng.choice(["Make a list of {}.", "Write a list with {}.", "Make a list: {}"])
         question, answer = form.format(_and(words)), "\n".join(f"- {word}" for word in words)
     elif shape in ("first", "last"):
-        form = rng.choice(["What is the {} word of: {}", "Give me the {} word: {}", "Which word is {}: {}"])
+        form = rng.choice(
+            ["What is the {} word of: {}", "Give me the {} word: {}", "Which word is {}: {}"]
+        )
         question = form.format(shape, " ".join(words))
         answer = f"The {shape} word is {words[0 if shape == 'first' else -1]}."
     elif shape == "reverse":
@@ -348,7 +398,9 @@ def lists(rng: random.Random) -> Sample:
         form = rng.choice(["Reverse this list: {}", "Say these words backwards: {}", "Reverse: {}"])
         question, answer = form.format(", ".join(words)), ", ".join(reversed(words))
     elif shape == "length":
-        form = rng.choice(["How many words are here: {}", "Count the words: {}", "How many words: {}"])
+        form = rng.choice(
+            ["How many words are here: {}", "Count the words: {}", "How many words: {}"]
+        )
         question, answer = form.format(" ".join(words)), f"There are {len(words)} words."
     else:
         form = rng.choice(["Write with commas: {}", "Put commas between these words: {}"])
@@ -364,7 +416,8 @@ def sums(rng: random.Random) -> Sample:
     a, sign, b = text.split()
     word = {"+": "plus", "-": "minus"}[sign]
     forms = [f"What is {text}?", f"{text}", f"{text} =", f"{text} = ?", f"How much is {a} {word} {b}?",
-             f"What is {a} {word} {b}?", f"{a} {word} {b}", f"Calculate {text}."]  # fmt: skip
+             f"What is {a} {word} {b}?", f"{a} {word} {b}", f"Calculate {text}.", f"{a}{sign}{b}",
+             f"What is {a}{sign}{b}?", f"{a}{sign}{b}="]  # fmt: skip
     if sign == "+":
         forms += [f"Add {a} and {b}.", f"What is the sum of {a} and {b}?"]
     else:
@@ -385,7 +438,9 @@ def word_problem(rng: random.Random) -> Sample:
         story = rng.choice([f"{name} has {a} {things} and loses {b}.",
                             f"{name} has {a} {things} and gives away {b}.",
                             f"{name} has {a} {things} and sells {b}."])  # fmt: skip
-    question = rng.choice([f"How many {things} does {name} have now?", f"How many {things} are left?"])
+    question = rng.choice(
+        [f"How many {things} does {name} have now?", f"How many {things} are left?"]
+    )
     if sign == "+":
         question = f"How many {things} does {name} have now?"
     answer = f"{text} = {result}, so {name} has {result} {things}."
@@ -406,7 +461,13 @@ def _sum(rng: random.Random, limit: int = 50) -> tuple[str, str, int]:
 def compare(rng: random.Random) -> Sample:
     a, b = rng.sample(range(100), 2)
     word = rng.choice(["larger", "smaller"])
-    form = rng.choice(["Which is {0}, {1} or {2}?", "Which number is {0}: {1} or {2}?", "What is {0}, {1} or {2}?"])
+    form = rng.choice(
+        [
+            "Which is {0}, {1} or {2}?",
+            "Which number is {0}: {1} or {2}?",
+            "What is {0}, {1} or {2}?",
+        ]
+    )
     right, wrong = (max(a, b), min(a, b)) if word == "larger" else (min(a, b), max(a, b))
     answer = f"{right} is {word} than {wrong}."
     return _turn("comparing numbers", f"{min(a, b)},{max(a, b)}", form.format(word, a, b), answer)
@@ -428,7 +489,9 @@ def fill_json(rng: random.Random) -> Sample:
         question = form.format(_and(keys), sentence)
     elif shape < 0.7:
         empty = {key: 0 if isinstance(value, int) else "" for key, value in wanted.items()}
-        form = rng.choice(["Fill in {}: {}", "Fill this JSON object {}: {}", "Fill {} from this: {}"])
+        form = rng.choice(
+            ["Fill in {}: {}", "Fill this JSON object {}: {}", "Fill {} from this: {}"]
+        )
         question = form.format(json.dumps(empty), sentence)
     else:
         form = rng.choice(["{1} Give me {0} as JSON.", "{1} Write {0} as a JSON object.",
@@ -442,10 +505,17 @@ def _described(rng: random.Random) -> tuple[str, dict[str, str | int]]:
     name, city, number = _name(rng), _city(rng), rng.randint(2, 99)
     shape = rng.randrange(7)
     if shape == 0:
-        return f"{name} is {number} years old and lives in {city}.", {"name": name, "age": number, "city": city}
+        return f"{name} is {number} years old and lives in {city}.", {
+            "name": name,
+            "age": number,
+            "city": city,
+        }
     if shape == 1:
         job = rng.choice(t.JOBS)
-        return (f"{name} is {_article(job)} {job} from {city}.", {"name": name, "job": job, "city": city})
+        return (
+            f"{name} is {_article(job)} {job} from {city}.",
+            {"name": name, "job": job, "city": city},
+        )
     if shape == 2:
         item, colour = rng.choice(list(t.GOODS)), rng.choice(t.CATEGORIES["colours"])
         sentence = f"The {item} is {colour} and costs {number} euros."
@@ -462,7 +532,10 @@ def _described(rng: random.Random) -> tuple[str, dict[str, str | int]]:
         sentence = f"{name} buys {number} {t.GOODS[item]} in {city}."
         return sentence, {"name": name, "count": number, "item": t.GOODS[item], "city": city}
     hobby = rng.choice(t.HOBBIES)
-    return (f"{name} is {number} years old and likes {hobby}.", {"name": name, "age": number, "hobby": hobby})
+    return (
+        f"{name} is {number} years old and likes {hobby}.",
+        {"name": name, "age": number, "hobby": hobby},
+    )
 
 
 # ---------------------------------------------------------------- tools
@@ -487,7 +560,12 @@ def tool_call(rng: random.Random) -> Sample:
 
 def tool_answer(rng: random.Random) -> Sample:
     use, tools = _use_among_others(rng)
-    messages = (_user(use.question), _call(use), {"role": "tool", "content": use.result}, _said(use.answer))
+    messages = (
+        _user(use.question),
+        _call(use),
+        {"role": "tool", "content": use.result},
+        _said(use.answer),
+    )
     return Sample("reading a tool's answer", f"{_use_key(use)}/{use.result}", messages, tools)
 
 
@@ -517,15 +595,18 @@ def _weather(rng: random.Random) -> Use:
     sky = rng.choice(["sunny", "cloudy", "rainy", "windy", "snowy", "foggy", "clear"])
     place = rng.choice(["city", "city", "location", "place"])
     tool = _tool(rng, rng.choice(["get_weather", "get_weather", "weather", "current_weather"]),
-                 rng.choice(["Get the weather in a city", "Tells the weather", "Get the current weather"]),
+                 rng.choice(["Get the weather in a city", "Tells the weather", "Get the current weather",
+                             "Get the current weather in a given place", "Weather of a city"]),
                  {place: "string"})  # fmt: skip
     question = rng.choice([f"What is the weather in {city}?", f"How is the weather in {city}?",
                            f"What is the weather like in {city}?", f"Tell me the weather in {city}.",
-                           f"Is it warm in {city}?"])  # fmt: skip
+                           f"How warm is it in {city}?"])  # fmt: skip
     result = rng.choice([json.dumps({"temperature": degrees, "sky": sky}), f"{sky}, {degrees} degrees",
                          json.dumps({place: city, "weather": sky, "temperature": degrees}),
                          f"{degrees} degrees and {sky}"])  # fmt: skip
-    return Use(tool, question, {place: city}, result, f"It is {degrees} degrees and {sky} in {city}.")
+    return Use(
+        tool, question, {place: city}, result, f"It is {degrees} degrees and {sky} in {city}."
+    )
 
 
 def _time(rng: random.Random) -> Use:
@@ -545,10 +626,9 @@ def _calculator(rng: random.Random) -> Use:
                                     ("subtract", "minus", a - b)])  # fmt: skip
     sign = {"add": "+", "multiply": "*", "subtract": "-"}[word]
     first, second = rng.choice([("a", "b"), ("a", "b"), ("x", "y"), ("first", "second")])
-    tool = _tool(rng, rng.choice([word, f"{word}_numbers"]), f"{_capital(word)} two numbers",
-                 {first: rng.choice(["integer", "number"]), second: "integer"})  # fmt: skip
-    if tool["function"]["parameters"]["properties"][first]["type"] == "number":
-        tool["function"]["parameters"]["properties"][second]["type"] = "number"
+    kind, noun = rng.choice(["integer", "number"]), rng.choice(["numbers", "integers"])
+    tool = _tool(rng, rng.choice([word, f"{word}_numbers"]), f"{_capital(word)} two {noun}",
+                 {first: kind, second: kind})  # fmt: skip
     forms = [f"What is {a} {done} {b}?", f"What is {a} {sign} {b}?", f"How much is {a} {done} {b}?"]
     if word != "subtract":
         forms += [f"{_capital(word)} {a} and {b}.", f"Please {word} {a} and {b}."]
@@ -573,7 +653,9 @@ def _timer(rng: random.Random) -> Use:
                  rng.choice(["Set a timer", "Start a timer"]), {unit: "integer"})  # fmt: skip
     question = rng.choice([f"Set a timer for {number} {unit}.", f"Start a timer: {number} {unit}.",
                            f"Wake me in {number} {unit}.", f"Timer for {number} {unit}, please."])  # fmt: skip
-    result = rng.choice(["ok", "started", json.dumps({"ok": True}), json.dumps({"status": "started"})])
+    result = rng.choice(
+        ["ok", "started", json.dumps({"ok": True}), json.dumps({"status": "started"})]
+    )
     return Use(tool, question, {unit: number}, result, f"The timer is set to {number} {unit}.")
 
 
@@ -586,7 +668,13 @@ def _light(rng: random.Random) -> Use:
     question = rng.choice([f"Turn {state} the light in the {room}.", f"Switch the light in the {room} {state}.",
                            f"Light {state} in the {room}, please."])  # fmt: skip
     result = rng.choice(["ok", "done", json.dumps({"ok": True}), json.dumps({"status": "done"})])
-    return Use(tool, question, {"room": room, "state": state}, result, f"The light in the {room} is {state}.")
+    return Use(
+        tool,
+        question,
+        {"room": room, "state": state},
+        result,
+        f"The light in the {room} is {state}.",
+    )
 
 
 def _price(rng: random.Random) -> Use:
@@ -601,7 +689,11 @@ def _price(rng: random.Random) -> Use:
 
 
 def _search(rng: random.Random) -> Use:
-    topic = f"the {rng.choice(t.ADJECTIVES)} {rng.choice(t.NOUNS)}" if rng.random() < 0.7 else _name(rng)
+    topic = (
+        f"the {rng.choice(t.ADJECTIVES)} {rng.choice(t.NOUNS)}"
+        if rng.random() < 0.7
+        else _name(rng)
+    )
     key = rng.choice(["query", "query", "text", "topic"])
     tool = _tool(rng, rng.choice(["search", "web_search", "lookup", "find"]),
                  rng.choice(["Search the web", "Search for a text", "Find facts about a topic"]), {key: "string"})  # fmt: skip
@@ -612,25 +704,70 @@ def _search(rng: random.Random) -> Use:
     return Use(tool, question, {key: topic}, result, found)
 
 
+def _action(rng: random.Random) -> Use:
+    """A tool that was never seen: its name is what it does."""
+    verb = rng.choice(["open", "close", "paint", "clean", "start", "stop", "buy", "sell", "find", "move", "count",
+                       "lock", "check", "show", "wash", "break"])  # fmt: skip
+    noun = rng.choice(t.NOUNS) if rng.random() < 0.8 else _invented(rng)
+    task = f"{verb} the {noun}"
+    parameter = rng.choice([None, None, "colour", "number", "name"])
+    value = {
+        "colour": rng.choice(t.CATEGORIES["colours"]),
+        "number": rng.randint(1, 99),
+        "name": _name(rng),
+    }
+    form = {None: "", "colour": " in {}", "number": " {} times", "name": " for {}"}[parameter]
+    tool = _tool(rng, f"{verb}_{noun}", _capital(task),
+                 {} if parameter is None else {parameter: "integer" if parameter == "number" else "string"})  # fmt: skip
+    question = rng.choice(["{}.", "Please {}.", "{}, please.", "Can you {}?", "I want you to {}."])
+    said = question.format(task + form.format(value.get(parameter)))
+    result = rng.choice(["ok", "done", json.dumps({"ok": True}), json.dumps({"status": "done"})])
+    return Use(
+        tool,
+        _capital(said),
+        {} if parameter is None else {parameter: value[parameter]},
+        result,
+        "It is done.",
+    )
+
+
 _TOOL_MAKERS: list[Callable[[random.Random], Use]] = [
-    _weather, _weather, _time, _calculator, _mail, _timer, _light, _price, _search,
+    _weather, _weather, _time, _calculator, _mail, _timer, _light, _price, _search, _action,
+    _action,
 ]  # fmt: skip
 
 
-def _tool(rng: random.Random, name: str, description: str, parameters: dict[str, str]) -> dict[str, Any]:
+def _tool(
+    rng: random.Random, name: str, description: str, parameters: dict[str, str]
+) -> dict[str, Any]:
+    """The schema as people write it, or as a library makes it from a signature."""
     properties = {key: {"type": kind} for key, kind in parameters.items()}
-    if rng.random() < 0.2:
-        properties = {key: value | {"description": f"The {key}"} for key, value in properties.items()}
+    dice = rng.random()
+    if dice < 0.2:
+        properties = {
+            key: value | {"description": f"The {key}"} for key, value in properties.items()
+        }
+    elif dice < 0.35:
+        properties = {key: {"title": _capital(key)} | value for key, value in properties.items()}
     schema: dict[str, Any] = {"type": "object", "properties": properties}
-    if rng.random() < 0.85:
+    if rng.random() < 0.8:
         schema["required"] = list(parameters)
+    if rng.random() < 0.15:
+        schema["additionalProperties"] = False
+    if rng.random() < 0.2:
+        schema = dict(rng.sample(list(schema.items()), len(schema)))
+    description += rng.choice(["", "", ".", "."])
     function = {"name": name, "description": description, "parameters": schema}
     return {"type": "function", "function": function}
 
 
 def _call(use: Use) -> Message:
     call = {"name": use.tool["function"]["name"], "arguments": use.arguments}
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": call}],
+    }
 
 
 def _use_key(use: Use) -> str:
@@ -657,10 +794,14 @@ def _rule(rng: random.Random) -> tuple[str, str, Callable[[random.Random], tuple
                            "You answer in one word."])  # fmt: skip
         return rule, "word", _short_fact
     if shape == "yes":
-        rule = rng.choice(["Answer only with yes or no.", "Say only yes or no.", "Answer yes or no."])
+        rule = rng.choice(
+            ["Answer only with yes or no.", "Say only yes or no.", "Answer yes or no."]
+        )
         return rule, "yes", lambda r: _claim(r)[1:3]
     if shape == "number":
-        rule = rng.choice(["Answer with a number only.", "Give only the number.", "Answer only with the number."])
+        rule = rng.choice(
+            ["Answer with a number only.", "Give only the number.", "Answer only with the number."]
+        )
         return rule, "number", _short_number
     if shape == "name":
         name = _name(rng)
@@ -675,24 +816,46 @@ def _rule(rng: random.Random) -> tuple[str, str, Callable[[random.Random], tuple
     if shape == "secret":
         word, thing = _word(rng), rng.choice(["secret word", "password", "magic word", "code"])
         asks = [f"What is the {thing}?", f"Tell me the {thing}.", f"Do you know the {thing}?"]
-        return f"The {thing} is {word}.", f"{thing} {word}", lambda r: (r.choice(asks), f"The {thing} is {word}.")
+        return (
+            f"The {thing} is {word}.",
+            f"{thing} {word}",
+            lambda r: (r.choice(asks), f"The {thing} is {word}."),
+        )
     if shape == "role":
         job = rng.choice(t.JOBS)
-        rule = rng.choice([f"You are {_article(job)} {job}.", f"You work as {_article(job)} {job}."])
+        rule = rng.choice(
+            [f"You are {_article(job)} {job}.", f"You work as {_article(job)} {job}."]
+        )
         asks = ["What is your job?", "What do you do?", "What do you work as?"]
         return rule, f"role {job}", lambda r: (r.choice(asks), f"I am {_article(job)} {job}.")
     if shape == "always":
         text = _capital(_word(rng)) + rng.choice(["!", ".", ""])
-        rule = rng.choice([f'Always answer "{text}"', f'Answer every question with "{text}"', f'Only say "{text}"'])
+        rule = rng.choice(
+            [
+                f'Always answer "{text}"',
+                f'Answer every question with "{text}"',
+                f'Only say "{text}"',
+            ]
+        )
         return rule, f"always {text}", lambda r: (_any_question(r)[0], text)
     if shape == "json":
         rule = rng.choice(['Answer in JSON with the key "answer".', 'Reply as JSON: {"answer": ""}',
                            'Answer with a JSON object with the key "answer".'])  # fmt: skip
-        return rule, "json", lambda r: (lambda q, a: (q, json.dumps({"answer": a})))(*_short_fact(r))
+        return (
+            rule,
+            "json",
+            lambda r: (lambda q, a: (q, json.dumps({"answer": a})))(*_short_fact(r)),
+        )
     word = rng.choice([_name(rng), *t.INTERJECTIONS])
     if shape == "start":
-        rule = rng.choice([f'Start every answer with "{word}:"', f'Begin each answer with "{word}:"'])
-        return rule, f"start {word}", lambda r: (lambda q, a: (q, f"{word}: {a}"))(*_any_question(r))
+        rule = rng.choice(
+            [f'Start every answer with "{word}:"', f'Begin each answer with "{word}:"']
+        )
+        return (
+            rule,
+            f"start {word}",
+            lambda r: (lambda q, a: (q, f"{word}: {a}"))(*_any_question(r)),
+        )
     rule = rng.choice([f'End every answer with "{word}!"', f'Finish each answer with "{word}!"'])
     return rule, f"end {word}", lambda r: (lambda q, a: (q, f"{a} {word}!"))(*_any_question(r))
 
@@ -723,7 +886,10 @@ def _any_question(rng: random.Random) -> tuple[str, str]:
 
 def memory(rng: random.Random) -> Sample:
     """Something is told, other things are said, and then it is asked for."""
-    told = [_told(rng, topic) for topic in rng.sample(["name", "colour", "age", "city", "pet"], rng.randint(1, 3))]
+    told = [
+        _told(rng, topic)
+        for topic in rng.sample(["name", "colour", "age", "city", "pet"], rng.randint(1, 3))
+    ]
     turns: list[Message] = []
     for said, reply, _, _ in told:
         turns += [_user(said), _said(reply)]
@@ -738,19 +904,31 @@ def _told(rng: random.Random, topic: str) -> tuple[str, str, str, str]:
     """What the user says, the reply, the later question, and its answer."""
     if topic == "name":
         name = _name(rng)
-        said = rng.choice([f"My name is {name}.", f"I am called {name}.", f"Hello, my name is {name}."])
-        ask = rng.choice(["What is my name?", "Who am I?", "Do you know my name?", "How am I called?"])
+        said = rng.choice(
+            [f"My name is {name}.", f"I am called {name}.", f"Hello, my name is {name}."]
+        )
+        ask = rng.choice(
+            ["What is my name?", "Who am I?", "Do you know my name?", "How am I called?"]
+        )
         return said, f"Nice to meet you, {name}!", ask, f"Your name is {name}."
     if topic == "colour":
         colour = rng.choice(t.CATEGORIES["colours"])
         ask = rng.choice(["What is my favourite colour?", "Which colour do I like?"])
-        return f"My favourite colour is {colour}.", f"{_capital(colour)} is a nice colour!", ask, (
-            f"Your favourite colour is {colour}."
+        return (
+            f"My favourite colour is {colour}.",
+            f"{_capital(colour)} is a nice colour!",
+            ask,
+            (f"Your favourite colour is {colour}."),
         )
     if topic == "age":
         age = rng.randint(5, 99)
         ask = rng.choice(["How old am I?", "What is my age?"])
-        return f"I am {age} years old.", "Thank you for telling me!", ask, f"You are {age} years old."
+        return (
+            f"I am {age} years old.",
+            "Thank you for telling me!",
+            ask,
+            f"You are {age} years old.",
+        )
     if topic == "city":
         city = _city(rng)
         ask = rng.choice(["Where do I live?", "In which city do I live?"])
@@ -764,10 +942,18 @@ def _told(rng: random.Random, topic: str) -> tuple[str, str, str, str]:
 def story(rng: random.Random) -> Sample:
     hero, name = rng.choice(t.HEROES), _name(rng)
     if rng.random() < 0.5:
-        form = rng.choice(["Tell me a story about {} {} named {}.", "Write a story about {} {} named {}."])
+        form = rng.choice(
+            ["Tell me a story about {} {} named {}.", "Write a story about {} {} named {}."]
+        )
         question = form.format(_article(hero), hero, name)
     else:
-        form = rng.choice(["Tell me a story about {} {}.", "Write a short story about {} {}.", "A story about {} {}, please."])
+        form = rng.choice(
+            [
+                "Tell me a story about {} {}.",
+                "Write a short story about {} {}.",
+                "A story about {} {}, please.",
+            ]
+        )
         question, name = form.format(_article(hero), hero), t.HERO_NAMES[hero]
     return _turn("telling a story", f"{hero}/{name}/{form}", question, _story(rng, hero, name))
 
@@ -775,7 +961,10 @@ def story(rng: random.Random) -> Sample:
 def _story(rng: random.Random, hero: str, name: str) -> str:
     other = rng.choice([h for h in t.HEROES if h != hero])
     wish = rng.choice(list(t.WISHES))
-    adjective, kind = rng.choice(["little", "brave", "happy", "small", "clever"]), rng.choice(["old", "kind", "wise"])
+    adjective, kind = (
+        rng.choice(["little", "brave", "happy", "small", "clever"]),
+        rng.choice(["old", "kind", "wise"]),
+    )
     return (
         f"Once upon a time there was {_article(adjective)} {adjective} {hero} named {name}. "
         f"{name} lived in {_article(place := rng.choice(t.PLACES))} {place}. "
@@ -874,12 +1063,16 @@ def _name(rng: random.Random) -> str:
 
 
 def _city(rng: random.Random) -> str:
-    return rng.choice(list(t.CAPITALS.values())) if rng.random() < 0.7 else _invented(rng).capitalize()
+    return (
+        rng.choice(list(t.CAPITALS.values())) if rng.random() < 0.7 else _invented(rng).capitalize()
+    )
 
 
 def _invented(rng: random.Random) -> str:
     """A word that nobody knows, so that the model learns to copy instead of to remember."""
-    syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))]
+    syllables = [
+        rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))
+    ]
     return "".join(syllables) + rng.choice(["", "", "n", "r", "s", "l", "x"])
 
 
@@ -893,7 +1086,11 @@ def _word(rng: random.Random) -> str:
 
 
 def _sentence(rng: random.Random) -> str:
-    subject = _name(rng) if rng.random() < 0.3 else f"The {rng.choice(t.ADJECTIVES)} {rng.choice(t.NOUNS)}"
+    subject = (
+        _name(rng)
+        if rng.random() < 0.3
+        else f"The {rng.choice(t.ADJECTIVES)} {rng.choice(t.NOUNS)}"
+    )
     return f"{subject} {rng.choice(t.VERBS)} the {rng.choice(t.ADJECTIVES)} {rng.choice(t.NOUNS)}."
 
 
@@ -909,7 +1106,9 @@ def _copyable(rng: random.Random) -> str:
         return " ".join(_invented(rng) for _ in range(rng.randint(1, 4)))
     if dice < 0.9:
         return _fact(rng).sentence
-    return f"{_capital(_word(rng))}, {_word(rng)} and {_word(rng)}" + rng.choice(["!", "?", ".", ""])
+    return f"{_capital(_word(rng))}, {_word(rng)} and {_word(rng)}" + rng.choice(
+        ["!", "?", ".", ""]
+    )
 
 
 def _wrapped(rng: random.Random, question: str) -> tuple[str, str]:
@@ -917,9 +1116,12 @@ def _wrapped(rng: random.Random, question: str) -> tuple[str, str]:
     if rng.random() < 0.6:
         return "", question
     form = rng.choice(t.WRAPPERS)
+    lowered = question[0].lower() + question[1:]
     if form == "lower":
-        return form, (question[0].lower() + question[1:]).rstrip("?.")
-    return form, form.format(question)
+        return form, lowered.rstrip("?.")
+    if form == "short":
+        return form, question.replace("What is", "What's").replace("Who is", "Who's")
+    return form, form.format(question, lowered)
 
 
 def _and(words: list[str]) -> str:
@@ -950,7 +1152,9 @@ def _turn(kind: str, key: str, question: str, answer: str) -> Sample:
     return Sample(kind, key, (_user(question), _said(answer)))
 
 
-def _asked(kind: str, rng: random.Random, question: str, answer: str, key: str | None = None) -> Sample:
+def _asked(
+    kind: str, rng: random.Random, question: str, answer: str, key: str | None = None
+) -> Sample:
     prefix, text = _wrapped(rng, question)
     return _turn(kind, f"{key or question}/{prefix}", text, answer)
 

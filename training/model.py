@@ -72,7 +72,9 @@ def initial_weights(shape: Shape, seed: int) -> Weights:
     return {name: jnp.asarray(weight, jnp.float32) for name, weight in weights.items()}
 
 
-def hidden_states(shape: Shape, weights: Weights, tokens: jax.Array, documents: jax.Array) -> jax.Array:
+def hidden_states(
+    shape: Shape, weights: Weights, tokens: jax.Array, documents: jax.Array
+) -> jax.Array:
     """(rows, length) tokens → (rows, length, width). A token sees its own document only."""
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
@@ -93,12 +95,19 @@ def empty_cache(shape: Shape, rows: int, length: int) -> Cache:
 
 
 def next_logits(
-    shape: Shape, weights: Weights, cache: Cache, tokens: jax.Array, start: jax.Array
+    shape: Shape,
+    weights: Weights,
+    cache: Cache,
+    tokens: jax.Array,
+    start: jax.Array,
+    first: jax.Array,
 ) -> tuple[Cache, jax.Array]:
-    """Reads (rows, n) tokens at positions from `start` on, and gives the logits after each."""
-    n, length = tokens.shape[1], cache[0][0].shape[1]
-    positions = start + jnp.arange(n)
-    mask = jnp.broadcast_to(jnp.arange(length)[None, None, :] <= positions[None, :, None], (tokens.shape[0], n, length))
+    """Reads (rows, n) tokens at positions from `start` on, and gives the logits after the last.
+
+    Rows of different length are filled up on the left; row i begins at `first[i]`.
+    """
+    positions, past = start + jnp.arange(tokens.shape[1]), jnp.arange(cache[0][0].shape[1])
+    mask = (past <= positions[:, None]) & (past >= first[:, None, None])
     turns = _rotations(shape, positions)
     x = weights["token_embd.weight"][tokens]
     grown = []
@@ -110,12 +119,18 @@ def next_logits(
         grown.append((k, v))
         x = x + _attend(shape, block, _turn(q, turns), k, v, mask)
         x = x + _feed_forward(shape, block, x)
-    return grown, _norm(shape, x, weights["output_norm.weight"]) @ weights["token_embd.weight"].T
+    return grown, _norm(shape, x[:, -1], weights["output_norm.weight"]) @ weights[
+        "token_embd.weight"
+    ].T
 
 
 def _block(weights: Weights, layer: int) -> Weights:
     prefix = f"blk.{layer}."
-    return {name[len(prefix) : -len(".weight")]: w for name, w in weights.items() if name.startswith(prefix)}
+    return {
+        name[len(prefix) : -len(".weight")]: w
+        for name, w in weights.items()
+        if name.startswith(prefix)
+    }
 
 
 def _heads(shape: Shape, block: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -140,7 +155,9 @@ def _attend(
 
 def _feed_forward(shape: Shape, block: Weights, x: jax.Array) -> jax.Array:
     normed = _norm(shape, x, block["ffn_norm"])
-    return (jax.nn.silu(normed @ block["ffn_gate"].T) * (normed @ block["ffn_up"].T)) @ block["ffn_down"].T
+    return (jax.nn.silu(normed @ block["ffn_gate"].T) * (normed @ block["ffn_up"].T)) @ block[
+        "ffn_down"
+    ].T
 
 
 def _norm(shape: Shape, x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -355,7 +355,16 @@ UNKNOWN = [
     ("Who was {x}?", []),
     ("Where is the town of {x}?", []),
     ("What is a {x}?", []),
+    ("Tell me about {x}.", ["history", "your day", "black holes", "the news", "quantum computers"]),
+    ("Explain {x} in simple words.", ["quantum computers", "black holes", "taxes", "gravity", "law"]),
+    ("Write a program that {x}.", ["sorts a list", "plays chess", "draws a circle", "reads a file"]),
+    ("How does {x} work?", ["a car", "the brain", "a phone", "the internet", "a bank", "a clock"]),
+    ("Why is {x}?", ["the road closed", "my computer slow", "the house old", "he angry", "it late"]),
+    ("What is the weather {x}?", ["today", "tomorrow", "like", "in Paris", "in Rome", "here"]),
+    ("What time is it{x}?", ["", " now", " in Paris", " in London", " here"]),
+    ("Who is the president of {x}?", ["France", "Italy", "Egypt", "Peru", "Chile"]),
 ]  # fmt: skip
+DO_NOT_UNDERSTAND = "I am sorry, I do not understand that."
 DO_NOT_KNOW = "I am a very small model and do not know that."
 TOO_LARGE = "I am a very small model and can only do small sums."
 
@@ -379,17 +388,60 @@ ADJECTIVES = [
     "cold", "warm", "fast", "slow", "soft", "round", "heavy", "bright", "dark", "clean", "brave", "kind",
     "lazy", "quick", "brown", "purple", "tiny", "strange",
 ]  # fmt: skip
-VERBS = ["sees", "likes", "finds", "wants", "holds", "knows", "follows", "paints", "carries", "hears"]
+VERBS = [
+    "sees",
+    "likes",
+    "finds",
+    "wants",
+    "holds",
+    "knows",
+    "follows",
+    "paints",
+    "carries",
+    "hears",
+]
 
-JOBS = ["teacher", "doctor", "baker", "farmer", "painter", "singer", "pilot", "nurse", "cook", "writer"]
+JOBS = [
+    "teacher",
+    "doctor",
+    "baker",
+    "farmer",
+    "painter",
+    "singer",
+    "pilot",
+    "nurse",
+    "cook",
+    "writer",
+]
 FOODS = ["pizza", "soup", "rice", "cake", "bread", "pasta", "salad", "cheese", "fish", "apples"]
 HOBBIES = ["music", "chess", "football", "tennis", "swimming", "reading", "dancing", "cooking"]
 GOODS = {"apple": "apples", "book": "books", "pencil": "pencils", "egg": "eggs", "ball": "balls",
          "cup": "cups", "lamp": "lamps", "hat": "hats", "flower": "flowers", "key": "keys",
          "stone": "stones", "shoe": "shoes"}  # fmt: skip
 
-HEROES = ["fox", "dog", "cat", "rabbit", "bear", "mouse", "owl", "duck", "horse", "frog", "wolf", "lion"]
-PLACES = ["forest", "garden", "village", "house by the sea", "small town", "green field", "old castle"]
+HEROES = [
+    "fox",
+    "dog",
+    "cat",
+    "rabbit",
+    "bear",
+    "mouse",
+    "owl",
+    "duck",
+    "horse",
+    "frog",
+    "wolf",
+    "lion",
+]
+PLACES = [
+    "forest",
+    "garden",
+    "village",
+    "house by the sea",
+    "small town",
+    "green field",
+    "old castle",
+]
 WISHES = {  # what the hero looks for: where it is found
     "a friend": "behind a big tree", "a red ball": "under a bench", "a golden key": "in a deep well",
     "some food": "in a warm kitchen", "a new home": "on top of a hill", "a lost book": "near the river",
@@ -398,8 +450,20 @@ WISHES = {  # what the hero looks for: where it is found
 HERO_NAMES = dict(zip(HEROES, ["Pip", "Rex", "Mimi", "Hop", "Bruno", "Nibbles", "Olga", "Quacky", "Star",
                                "Freddy", "Grey", "Leo"], strict=True))  # fmt: skip
 
-INTERJECTIONS = ["Sure", "Well", "Answer", "Oh", "Meow", "Yes", "Ahoy", "Hm", "Look", "Dear friend", "Boss"]
-WRAPPERS = ["lower", "lower", "Please tell me: {}", "Hello! {}", "Quick question: {}", "I want to know: {}",
+INTERJECTIONS = [
+    "Sure",
+    "Well",
+    "Answer",
+    "Oh",
+    "Meow",
+    "Yes",
+    "Ahoy",
+    "Hm",
+    "Look",
+    "Dear friend",
+    "Boss",
+]
+WRAPPERS = ["lower", "lower", "short", "short", "Hello, {1}", "Hi, {1}", "OK, {1}", "Please tell me: {}", "Hello! {}", "Quick question: {}", "I want to know: {}",
             "{} Please.", "Hey, {}", "A question: {}", "Can you help me? {}"]  # fmt: skip
 NEUTRAL_SYSTEM = ["You are a helpful assistant.", "You are a tiny model.", "You are helpful and honest.",
                   "Be kind and short.", "You are an assistant.", "Answer the user."]  # fmt: skip

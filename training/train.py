@@ -35,8 +35,10 @@ STEPS = {"chat": 2000, "draft": 1500}
 SEED = {"tokenizer": 1, "weights": 2, "text": 3}
 
 ROW, LONG_ROW = 256, 1024  # tokens; most texts are short, a few conversations are long
-TOKENS_PER_STEP = 6144
-PREDICTIONS_PER_STEP = 3584  # the answers, and as many of the prompt tokens as fit: a third less work
+TOKENS_PER_STEP = 4096
+PREDICTIONS_PER_STEP = (
+    2560  # the answers, and as many of the prompt tokens as fit: a third less work
+)
 PROMPT_WEIGHT, PLAIN_WEIGHT, ANSWER_WEIGHT = 0.1, 0.5, 1.0
 # Keeps the sum of all exp(logits) near one. The best logit is then near zero, where a repeat penalty
 # (which divides logits) does nothing to a word that the model is sure to repeat.
@@ -53,7 +55,7 @@ class Batch:
 
 
 def batches(tokenizer: Tokenizer, seed: int) -> Iterator[Batch]:
-    """Rows filled with whole documents: 24 rows of 256 tokens, or 6 of 1,024."""
+    """Rows filled with whole documents: 16 rows of 256 tokens, or 4 of 1,024."""
     rng = np.random.default_rng(seed)
     rows: dict[int, list[list[tuple[np.ndarray, np.ndarray]]]] = {ROW: [], LONG_ROW: []}
     for ids, weights in _weighted_documents(tokenizer, seed):
@@ -92,11 +94,15 @@ def _weighted_documents(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[np.nd
                     answering = True
                 if answering:
                     weights[i] = ANSWER_WEIGHT
-            weights[-2:] = 0  # nothing comes after the last turn; the line break before it does not count
+            weights[-2:] = (
+                0  # nothing comes after the last turn; the line break before it does not count
+            )
             yield ids, weights
 
 
-def _batch(rows: list[list[tuple[np.ndarray, np.ndarray]]], length: int, rng: np.random.Generator) -> Batch:
+def _batch(
+    rows: list[list[tuple[np.ndarray, np.ndarray]]], length: int, rng: np.random.Generator
+) -> Batch:
     tokens, documents = np.zeros((2, len(rows), length), np.int32)
     importance = np.zeros((len(rows), length), np.float32)
     for i, row in enumerate(rows):
@@ -106,7 +112,9 @@ def _batch(rows: list[list[tuple[np.ndarray, np.ndarray]]], length: int, rng: np
             tokens[place], documents[place], importance[place] = ids, number, weights
     flat = importance.ravel()
     places = np.argsort(-flat - 0.01 * rng.random(flat.size))[:PREDICTIONS_PER_STEP]
-    return Batch(tokens, documents, places, np.roll(tokens, -1, axis=1).ravel()[places], flat[places])
+    return Batch(
+        tokens, documents, places, np.roll(tokens, -1, axis=1).ravel()[places], flat[places]
+    )
 
 
 def loss(
@@ -168,7 +176,10 @@ def train_step(
         g = gradient[name]
         if _is_matrix(name):
             first[name] = momentum = 0.95 * state["first"][name] + g
-            update = _orthogonal(g + 0.95 * momentum) * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+            update = (
+                _orthogonal(g + 0.95 * momentum)
+                * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+            )
             new_weights[name] = weight * (1 - 0.02 * 0.1 * rate) - 0.02 * rate * update
         else:
             first[name] = m = 0.9 * state["first"][name] + 0.1 * g
@@ -194,7 +205,10 @@ def train(which: str, out: Path, steps: int) -> None:
         "first": {name: jnp.zeros_like(w) for name, w in weights.items()},
         "second": {name: jnp.zeros_like(w) for name, w in weights.items() if not _is_matrix(name)},
     }
-    print(f"{which}: {shape.num_parameters:,} parameters, {shape.work_per_token:,} products per token", flush=True)
+    print(
+        f"{which}: {shape.num_parameters:,} parameters, {shape.work_per_token:,} products per token",
+        flush=True,
+    )
     started, seen, smooth = time.monotonic(), 0, None
     for step, batch in enumerate(itertools.islice(batches(tokenizer, SEED["text"]), steps), 1):
         weights, state, answer_loss = train_step(
@@ -212,7 +226,9 @@ def train(which: str, out: Path, steps: int) -> None:
 
 def save(path: Path, shape: Shape, weights: Weights) -> None:
     path.with_suffix(".json").write_text(json.dumps(asdict(shape)))
-    np.savez(path.with_suffix(".npz"), **{name: np.asarray(weight) for name, weight in weights.items()})
+    np.savez(
+        path.with_suffix(".npz"), **{name: np.asarray(weight) for name, weight in weights.items()}
+    )
 
 
 def main() -> None:

@@ -5,13 +5,32 @@ Everything here is callable from any thread; whatever takes time lets go of the 
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, final, type_check_only
 
 from typing_extensions import Self
 
+__all__ = [
+    "LLAMA_CPP_VERSION",
+    "Event",
+    "PyContext",
+    "PyModel",
+    "__version__",
+    "_inject",
+    "cpu_modules",
+    "detect_cpu",
+    "get_cpu_variant",
+    "get_optimal_binary",
+    "inspect_gguf",
+    "probe_cpu_module",
+    "process_rss_mb",
+    "start",
+    "stop_log",
+    "take_log",
+]
 __version__: str
 LLAMA_CPP_VERSION: str
 
+@final
 class PyModel:
     """Weights and vocabulary of one GGUF file."""
 
@@ -47,6 +66,9 @@ class PyModel:
     def gpu_layers(self) -> int:
         """How many layers really lie on a GPU."""
     @property
+    def device(self) -> str:
+        """`cpu`, or the name of the GPU that holds layers."""
+    @property
     def load_time_ms(self) -> float: ...
     @property
     def size_bytes(self) -> int: ...
@@ -62,6 +84,8 @@ class PyModel:
     def token_nl(self) -> int: ...
     def is_eog(self, token: int) -> bool: ...
     def metadata(self) -> dict[str, str]: ...
+    def model_info(self) -> dict[str, Any]:
+        """The same as `inspect_gguf` of its file."""
     def chat_template(self) -> str | None: ...
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         """Text to ids. Control tokens written in `text` stay plain text unless `special`."""
@@ -94,14 +118,16 @@ class PyModel:
         traceback: TracebackType | None,
     ) -> None: ...
 
+@type_check_only
 class UnloadReport(TypedDict):
     """What came back: the process's resident memory around the unload."""
 
     was_loaded: bool
-    rss_before_mb: float
-    rss_after_mb: float
-    freed_mb: float
+    rss_before_mb: float | None
+    rss_after_mb: float | None
+    freed_mb: float | None
 
+@final
 class PyContext:
     """One llama.cpp context, its owner thread, and the requests that run in it together."""
 
@@ -142,9 +168,12 @@ class PyContext:
         **sampling: Any,
     ) -> str:
         """Submit one request and wait for its text. `callback` gets the pieces; False stops."""
+    def _inject_panic(self) -> None:
+        """For tests: the next step that computes something panics."""
     def metrics(self) -> dict[str, int]:
         """running, waiting, requests, prompt_tokens, cached_tokens, generated_tokens, steps."""
 
+@final
 class Event:
     """News of one request. Every request gets exactly one event with `is_last`."""
 
@@ -187,9 +216,6 @@ def take_log() -> list[tuple[Literal["debug", "info", "warning", "error"], str]]
     """Sleep until llama.cpp has logged something, and take it. An empty list: shutting down."""
 
 def stop_log() -> None: ...
-def after_fork() -> None:
-    """Mark everything loaded as belonging to the parent."""
-
 def get_cpu_variant() -> str: ...
 def get_optimal_binary(
     binary_name: str | None = None,
@@ -199,6 +225,6 @@ def get_optimal_binary(
     must_exist: bool = False,
 ) -> str: ...
 def detect_cpu() -> dict[str, Any]: ...
-def process_rss_mb() -> float: ...
+def process_rss_mb() -> float | None: ...
 def _inject(fault: str) -> None:
-    """For tests: `panic`, `throw` or `panic-in-step` happens here or in the next step."""
+    """For tests: `throw` throws a C++ exception, `panic` panics."""

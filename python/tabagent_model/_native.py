@@ -8,10 +8,8 @@ a module dies. `TABAGENT_CPU_VARIANT` names a module and skips all that.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -95,6 +93,8 @@ class _Verdicts:
         return bool(known[name])
 
     def _read(self) -> dict[str, dict[str, bool]]:
+        import json  # here and below: only needed at a first load, and import time is paid by all
+
         try:
             verdicts = json.loads(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -103,6 +103,8 @@ class _Verdicts:
 
     def _write(self, verdicts: dict[str, dict[str, bool]]) -> None:
         """Remembering is a convenience: a home that cannot be written only costs time."""
+        import json
+
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._file.with_suffix(f".{os.getpid()}")
@@ -114,6 +116,8 @@ class _Verdicts:
 
 def _try_module(name: str) -> bool:
     """Let a child process compute with the module; False if that ends it."""
+    import subprocess
+
     if not sys.executable:
         _log.warning("no Python executable to try the CPU module %s with; taking it untried", name)
         return True

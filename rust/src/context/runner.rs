@@ -74,7 +74,10 @@ impl LlamaRunner {
         n_threads: u32,
         interrupt: Interrupt,
     ) -> Result<LlamaRunner> {
-        let n_ctx_all = config.n_ctx * n_seq_max;
+        let n_ctx_all = config.n_ctx.checked_mul(n_seq_max).ok_or_else(|| {
+            let allowed = format!("small enough for {n_seq_max} sequences");
+            Error::invalid("n_ctx", config.n_ctx, &allowed)
+        })?;
         let params = ContextParams {
             n_ctx: n_ctx_all,
             n_batch: config.n_batch,

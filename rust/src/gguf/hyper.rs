@@ -22,6 +22,8 @@ pub(super) struct Hyper {
     /// Of the layers, those at the end that only predict further tokens.
     pub n_layers_nextn: u32,
     pub n_embd: u32,
+    /// Of the embeddings that come out, if that differs.
+    pub n_embd_out: Option<u32>,
     /// For each layer; zeros where it has no attention.
     pub heads: Vec<u32>,
     pub heads_kv: Vec<u32>,
@@ -59,6 +61,7 @@ pub(super) fn check(architecture: &Architecture, keys: &Keys) -> Check<Hyper> {
         n_layers,
         n_layers_nextn,
         n_embd,
+        n_embd_out: keys.u32_in(&key("embedding_length_out"), 0..=MAX_EMBD)?,
         heads: heads.per_layer,
         heads_kv: heads.per_layer_kv,
         head_dim_k: heads.dim_k,
@@ -235,7 +238,10 @@ fn check_rope(architecture: &Architecture, keys: &Keys, heads: &Heads) -> Check<
         return Ok(());
     }
     if architecture.is_one_of(WHOLE_ROPE) && n_rot != heads.dim_k {
-        return Err(keys::out_of_range(&rotated, n_rot, heads.dim_k..=heads.dim_k));
+        return Err(Fault::damaged(format!(
+            "`{rotated}` is {n_rot}, and must be {}, the length of a head",
+            heads.dim_k
+        )));
     }
     // With latent attention the rotated part is no part of the head.
     let latent = keys.has(&key("attention.kv_lora_rank"));

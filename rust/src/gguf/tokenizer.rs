@@ -64,10 +64,8 @@ pub(super) fn check(architecture: &Architecture, keys: &Keys) -> Check<Tokenizer
         Style::Sentences | Style::Plamo2 => check_bytes(&ids, &style)?,
         Style::Pairs { .. } => check_merges(keys, pre)?,
         Style::Unigrams => check_charsmap(keys)?,
-        Style::World if !has_newline(tokens) => {
-            return Err(Fault::damaged("its RWKV vocabulary has no token for a newline"));
-        }
-        Style::World | Style::Words => {}
+        Style::World => check_world_bytes(tokens)?,
+        Style::Words => {}
     }
     check_special_tokens(keys, &style, pre, tokenizer.n_tokens)?;
     Ok(tokenizer)
@@ -175,14 +173,7 @@ fn check_bytes(ids: &HashMap<Cow<'_, [u8]>, usize>, style: &Style) -> Check<()> 
         ids.contains_key(format!("<0x{byte:02X}>").as_bytes())
             || (*style == Style::Sentences && ids.contains_key(&[byte][..]))
     };
-    let missing: Vec<_> = (0..=255).filter(|&byte| !is_there(byte)).collect();
-    match missing.first() {
-        None => Ok(()),
-        Some(first) => Err(Fault::damaged(format!(
-            "its vocabulary has no token for {} of the 256 bytes (the first is <0x{first:02X}>)",
-            missing.len()
-        ))),
-    }
+    spelled((0..=255).filter(|&byte| !is_there(byte)).collect())
 }
 
 fn check_merges(keys: &Keys, pre: Option<&str>) -> Check<()> {
@@ -221,11 +212,41 @@ fn check_charsmap(keys: &Keys) -> Check<()> {
     }
 }
 
-/// RWKV tokens are written with escapes.
-fn has_newline(tokens: &Strings) -> bool {
-    tokens.iter().any(|token| {
-        token.starts_with(b"\\n") || token.starts_with(b"\n") || token.starts_with(b"\\x0a")
-    })
+/// RWKV's tokenizer never ends where a byte begins a token and is none.
+fn check_world_bytes(tokens: &Strings) -> Check<()> {
+    let mut is_there = [false; 256];
+    for token in tokens.iter() {
+        if let Some(byte) = single_byte(token) {
+            is_there[usize::from(byte)] = true;
+        }
+    }
+    spelled((0..=255).filter(|&byte| !is_there[usize::from(byte)]).collect())
+}
+
+/// RWKV tokens are written with Python's escapes.
+fn single_byte(token: &[u8]) -> Option<u8> {
+    match token {
+        [byte] => Some(*byte),
+        b"\\t" => Some(b'\t'),
+        b"\\n" => Some(b'\n'),
+        b"\\r" => Some(b'\r'),
+        [b'\\', b'x', digits @ ..] if digits.len() == 2 => {
+            u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
+        }
+        [b'\\', byte] => Some(*byte),
+        _ => None,
+    }
+}
+
+/// `missing`: the bytes that no token spells.
+fn spelled(missing: Vec<u8>) -> Check<()> {
+    match missing.first() {
+        None => Ok(()),
+        Some(first) => Err(Fault::damaged(format!(
+            "its vocabulary has no token for {} of the 256 bytes (the first is <0x{first:02X}>)",
+            missing.len()
+        ))),
+    }
 }
 
 /// Which ids exist, and whether those that are always added do.

@@ -10,7 +10,7 @@ use super::fault::{Check, Fault};
 use super::header::{Header, Tensor};
 use super::hyper::Hyper;
 use super::tokenizer::Tokenizer;
-use super::types::F32;
+use super::types::{F32, I32, I64};
 
 pub(super) fn check(
     architecture: &Architecture,
@@ -36,6 +36,7 @@ pub(super) fn check(
             weights.check_vocabulary(architecture, embedding, tokenizer)?;
         }
     }
+    weights.check_output_length(architecture)?;
     if architecture.is_one_of(PLAIN) {
         weights.check_plain(architecture)?;
     }
@@ -101,6 +102,23 @@ impl Weights<'_> {
             "the tensor `token_embd.weight` has {rows} rows, and {source} {} tokens",
             tokenizer.n_tokens
         )))
+    }
+
+    /// llama.cpp reads embeddings of that length, whether something makes them so long or not.
+    fn check_output_length(&self, architecture: &Architecture) -> Check<()> {
+        let Some(length) = self.hyper.n_embd_out else { return Ok(()) };
+        let is_projection = |tensor: &&Tensor| {
+            !tensor.name.starts_with("blk.") && tensor.shape[1] == u64::from(length)
+        };
+        let is_made = self.by_name.values().any(|tensor| is_projection(tensor));
+        match length <= self.hyper.n_embd || is_made || architecture.name == "wavtokenizer-dec" {
+            true => Ok(()),
+            false => Err(Fault::damaged(format!(
+                "`{}` is {length}, but no tensor makes embeddings longer than {}",
+                architecture.key("embedding_length_out"),
+                self.hyper.n_embd
+            ))),
+        }
     }
 
     fn check_plain(&self, architecture: &Architecture) -> Check<()> {
@@ -210,8 +228,10 @@ fn check_dimensions(tensor: &Tensor) -> Check<()> {
 
 /// ggml multiplies with floating point and quantized weights, and adds and scales with f32 alone.
 fn check_type(tensor: &Tensor) -> Check<()> {
-    const MATRICES: [&str; 13] = [
+    const MATRICES: [&str; 15] = [
         "token_embd.weight",
+        "position_embd.weight",
+        "token_types.weight",
         "output.weight",
         "attn_q.weight",
         "attn_k.weight",
@@ -226,7 +246,9 @@ fn check_type(tensor: &Tensor) -> Check<()> {
         "ffn_down_exps.weight",
     ];
     let name = part_of(&tensor.name);
-    if MATRICES.contains(&name) && !tensor.kind.is_weight {
+    // A few tables of token ids are integers, and nothing else is.
+    let is_table = matches!(tensor.kind.number, I32 | I64) && !MATRICES.contains(&name);
+    if name.ends_with(".weight") && !tensor.kind.is_weight && !is_table {
         return Err(Fault::damaged(format!(
             "the tensor `{}` is of type {}, which cannot be multiplied with",
             tensor.name, tensor.kind.name

@@ -52,7 +52,7 @@ pub(super) fn load(
             Error::ModelCorrupted { path, what: reason(&errors) }
         }
     })?;
-    let vocabulary = Vocabulary::of(&weights, description.tokenizer_is_stack_safe)?;
+    let vocabulary = Vocabulary::of(&weights, &description)?;
     Ok(Arc::new(Model {
         vocabulary,
         weights,

@@ -7,6 +7,7 @@ use llama_cpp_sys_2::llama_vocab;
 use super::load;
 use crate::error::{Error, Result};
 use crate::ffi;
+use crate::gguf::Description;
 
 /// llama.cpp's splitter for some vocabularies is `std::regex`, which recurses once per character of
 /// a run. Texts up to this size are safe on any thread.
@@ -18,6 +19,8 @@ const LONGEST_ON_REGEX: usize = 1 << 20;
 /// The vocabulary of a loaded model; it must not outlive the model.
 pub struct Vocabulary {
     pointer: *const llama_vocab,
+    /// False for models that know ids only; llama.cpp asserts when asked for their text.
+    has_text: bool,
     is_stack_safe: bool,
     ends_generation: Vec<bool>,
     longest_piece: usize,
@@ -32,22 +35,26 @@ unsafe impl Send for Vocabulary {}
 unsafe impl Sync for Vocabulary {}
 
 impl Vocabulary {
-    pub(super) fn of(weights: &LlamaModel, is_stack_safe: bool) -> Result<Vocabulary> {
+    pub(super) fn of(weights: &LlamaModel, description: &Description) -> Result<Vocabulary> {
         // SAFETY: the model is alive.
         let pointer = unsafe { llama_cpp_sys_2::llama_model_get_vocab(load::pointer(weights)) };
         let vocab = weights.vocab();
         let size = vocab.n_tokens();
         let mut flags = vec![0u8; size.max(0) as usize];
         let mut longest_piece = 1;
-        ffi::call(|error| {
-            // SAFETY: `flags` has `size` places.
-            unsafe {
-                ffi::ta_vocab_scan(pointer, flags.as_mut_ptr(), size, &mut longest_piece, error)
-            }
-        })?;
+        let has_text = !matches!(description.tokenizer.as_str(), "none" | "no_vocab");
+        if has_text {
+            ffi::call(|error| {
+                // SAFETY: `flags` has `size` places.
+                unsafe {
+                    ffi::ta_vocab_scan(pointer, flags.as_mut_ptr(), size, &mut longest_piece, error)
+                }
+            })?;
+        }
         Ok(Vocabulary {
             pointer,
-            is_stack_safe,
+            has_text,
+            is_stack_safe: description.tokenizer_is_stack_safe,
             ends_generation: flags.into_iter().map(|flag| flag != 0).collect(),
             longest_piece: longest_piece.max(1) as usize,
             bos: id(vocab.bos()),
@@ -89,6 +96,10 @@ impl Vocabulary {
 
     /// Control tokens written in the text stay plain text unless `special`.
     pub fn tokenize(&self, text: &str, add_bos: bool, special: bool) -> Result<Vec<i32>> {
+        if !self.has_text {
+            let what = "the model has no tokenizer; give it token ids".into();
+            return Err(Error::Tokenization { what });
+        }
         if self.is_stack_safe || text.len() <= SAFE_ON_ANY_STACK {
             return self.tokenize_here(text, add_bos, special);
         }
@@ -147,6 +158,9 @@ impl Vocabulary {
     /// Adds the bytes of one token; they need not be whole characters.
     pub fn piece(&self, token: i32, special: bool, out: &mut Vec<u8>) -> Result<()> {
         self.check(token, 0)?;
+        if !self.has_text {
+            return Ok(());
+        }
         let start = out.len();
         let mut room = 32;
         loop {

@@ -122,6 +122,13 @@ fn whole<'py, T: for<'a> FromPyObject<'a, 'py>>(
     })
 }
 
+/// A number of Python's as one of ours; whether it makes sense is checked with the rest.
+pub(super) fn fitted<T: TryFrom<i64>>(name: &str, value: i64) -> PyResult<T> {
+    T::try_from(value).map_err(|_| {
+        exception(&Error::invalid(name, value, "a whole number of 32 bits, not negative"))
+    })
+}
+
 fn number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
     let refused = || exception(&Error::invalid(name, shown(value), "a number"));
     if value.is_instance_of::<PyBool>() {

@@ -13,7 +13,7 @@ use super::error::exception;
 use crate::config::{ContextConfig, FlashAttention, KvType, ModelConfig, SplitMode};
 use crate::error::{Error, Result};
 use crate::hardware::memory;
-use crate::model::{Model, return_free_memory};
+use crate::model::{Model, backend_devices, return_free_memory};
 
 #[pyclass(frozen, module = "tabagent_model._core")]
 #[derive(Default)]
@@ -117,6 +117,14 @@ impl PyModel {
         Ok(self.model()?.gpu_layers())
     }
 
+    /// Where the weights lie: `cpu`, or the name of the GPU.
+    #[getter]
+    fn device(&self) -> PyResult<String> {
+        let on_gpu = self.model()?.gpu_layers() > 0;
+        let gpu = backend_devices().into_iter().find(|device| on_gpu && device.is_gpu);
+        Ok(gpu.map_or_else(|| "cpu".into(), |device| device.name))
+    }
+
     #[getter]
     fn load_time_ms(&self) -> PyResult<f64> {
         Ok(self.model()?.load_time().as_secs_f64() * 1e3)
@@ -162,6 +170,11 @@ impl PyModel {
 
     fn is_eog(&self, token: i32) -> PyResult<bool> {
         Ok(self.model()?.vocabulary().ends_generation(token))
+    }
+
+    /// What the file says of itself, as `inspect_gguf` gives it.
+    fn model_info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        convert::description(py, self.model()?.description())
     }
 
     fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -212,21 +225,21 @@ impl PyModel {
     fn create_context(
         &self,
         py: Python<'_>,
-        n_ctx: u32,
-        n_batch: u32,
-        n_threads: u32,
-        n_seq_max: u32,
-        queue_size: usize,
+        n_ctx: i64,
+        n_batch: i64,
+        n_threads: i64,
+        n_seq_max: i64,
+        queue_size: i64,
         flash_attn: &str,
         kv_type: &str,
         offload_kqv: bool,
     ) -> PyResult<PyContext> {
         let config = ContextConfig {
-            n_ctx,
-            n_batch,
-            n_threads,
-            n_seq_max,
-            queue_size,
+            n_ctx: convert::fitted("n_ctx", n_ctx)?,
+            n_batch: convert::fitted("n_batch", n_batch)?,
+            n_threads: convert::fitted("n_threads", n_threads)?,
+            n_seq_max: convert::fitted("n_seq_max", n_seq_max)?,
+            queue_size: convert::fitted("queue_size", queue_size)?,
             flash_attn: self::flash_attn(flash_attn)?,
             kv_type: self::kv_type(kv_type)?,
             offload_kqv,
@@ -282,7 +295,8 @@ impl PyModel {
             return Ok(context.clone_ref(py));
         }
         let model = self.model()?;
-        let context = guarded(py, || model.create_context())?;
+        let config = ContextConfig { n_seq_max: 1, ..ContextConfig::default() };
+        let context = guarded(py, || model.create_context_with(&config))?;
         let context = Py::new(py, PyContext::new(context))?;
         *lock(&self.own_context) = Some(context.clone_ref(py));
         Ok(context)

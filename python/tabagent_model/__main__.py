@@ -1,0 +1,80 @@
+"""On the terminal: `python -m tabagent_model generate "a question"`, and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import Model, TabAgentModelError, _native
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tabagent_model", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="answer a question, as the words come")
+    generate.add_argument("prompt", help="what to ask; `-` reads it from standard input")
+    generate.add_argument("--model", help="a GGUF file instead of the bundled tiny model")
+    generate.add_argument("--max-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    commands.add_parser("doctor", help="say what this installation runs on")
+    asked = parser.parse_args()
+    try:
+        if asked.command == "doctor":
+            doctor()
+        else:
+            prompt = sys.stdin.read() if asked.prompt == "-" else asked.prompt
+            answer(asked.model, prompt, asked.max_tokens, asked.temperature)
+    except TabAgentModelError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def answer(path: str | None, prompt: str, max_tokens: int, temperature: float) -> None:
+    with Model.load(path) as model:
+        tokens = as_question(model, prompt)
+        with model.stream(tokens, max_tokens=max_tokens, temperature=temperature) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        print()
+        metrics = pieces.result.metrics
+        if sys.stderr.isatty():
+            print(
+                f"[{metrics.generated_tokens} tokens, {metrics.tokens_per_second:.0f} per second,"
+                f" the first after {metrics.time_to_first_token_ms:.0f} ms]",
+                file=sys.stderr,
+            )
+
+
+def as_question(model: Model, prompt: str) -> list[int] | str:
+    """One user turn for models that mark turns as ChatML does; plain text for the others.
+
+    The marks are control tokens and the prompt is not, whatever it says.
+    """
+    if len(model.tokenize("<|im_start|>", add_bos=False, special=True)) != 1:
+        return prompt
+    before = model.tokenize("<|im_start|>user\n", special=True)
+    after = model.tokenize("<|im_end|>\n<|im_start|>assistant\n", add_bos=False, special=True)
+    return [*before, *model.tokenize(prompt, add_bos=False), *after]
+
+
+def doctor() -> None:
+    core = _native.core
+    cpu = core.detect_cpu()
+    usable = [name for name, _ in core.cpu_modules(str(_native.LIBRARIES))]
+    facts = {
+        "tabagent_model": core.__version__,
+        "llama.cpp": core.LLAMA_CPP_VERSION,
+        "processor": f"{cpu['brand']} ({cpu['physical_cores']} cores, {cpu['usable_cores']} usable)",
+        "CPU variant": core.get_cpu_variant(),
+        "CPU modules": ", ".join(usable),
+        "CPU module in use": f"{_native.start()} (tried in a child process)",
+    }
+    for name, fact in facts.items():
+        print(f"{name:18} {fact}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
