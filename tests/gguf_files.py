@@ -14,8 +14,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-KINDS = ["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"]
-_PACKED = dict(u8="B", i8="b", u16="H", i16="h", u32="I", i32="i", f32="f", bool="?", u64="Q", i64="q", f64="d")
+KINDS = [
+    "u8",
+    "i8",
+    "u16",
+    "i16",
+    "u32",
+    "i32",
+    "f32",
+    "bool",
+    "string",
+    "array",
+    "u64",
+    "i64",
+    "f64",
+]
+_PACKED = dict(
+    u8="B", i8="b", u16="H", i16="h", u32="I", i32="i", f32="f", bool="?", u64="Q", i64="q", f64="d"
+)
 F32 = 0
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
@@ -93,11 +109,22 @@ class Gguf:
     big_endian: bool = False
 
     def to_bytes(self) -> bytes:
-        keys = [*self.keys.items(), *((name, self.keys[name]) for name in self.repeated if name in self.keys)]
-        tensors = [*self.tensors.values(), *(self.tensors[name] for name in self.repeated if name in self.tensors)]
+        keys = [
+            *self.keys.items(),
+            *((name, self.keys[name]) for name in self.repeated if name in self.keys),
+        ]
+        tensors = [
+            *self.tensors.values(),
+            *(self.tensors[name] for name in self.repeated if name in self.tensors),
+        ]
         n_tensors = len(tensors) if self.n_tensors is None else self.n_tensors
         n_keys = len(keys) if self.n_keys is None else self.n_keys
-        head = self.magic + self._pack("u32", self.version) + self._pack("u64", n_tensors) + self._pack("u64", n_keys)
+        head = (
+            self.magic
+            + self._pack("u32", self.version)
+            + self._pack("u64", n_tensors)
+            + self._pack("u64", n_keys)
+        )
         head += b"".join(self._text(name) + self._tagged(value) for name, value in keys)
         infos, data = self._tensors(tensors)
         head += infos
@@ -113,7 +140,9 @@ class Gguf:
             shape = tensor.sizes()
             infos += self._text(tensor.name) + self._pack("u32", len(shape))
             infos += b"".join(self._pack("i64" if size < 0 else "u64", size) for size in shape)
-            infos += self._pack("u32", tensor.type) + self._pack("u64", len(data) if tensor.offset is None else tensor.offset)
+            infos += self._pack("u32", tensor.type) + self._pack(
+                "u64", len(data) if tensor.offset is None else tensor.offset
+            )
             data += tensor.data.astype("<f4").tobytes()
             data += b"\0" * (-len(data) % self._alignment())
         return infos, data
@@ -185,7 +214,9 @@ def _typed(value: Any, old: Value | None) -> Value:
     return dataclasses.replace(old, value=value)
 
 
-def tiny_llama(vocabulary: Vocabulary = "bpe", weights: Weights = "random", *, n_layers: int = 2) -> Gguf:
+def tiny_llama(
+    vocabulary: Vocabulary = "bpe", weights: Weights = "random", *, n_layers: int = 2
+) -> Gguf:
     """About 300 tokens, 2 heads of 16 numbers, 330 KB of weights."""
     n_embd, n_ff, n_head = 32, 64, 2
     tokenizer = {"bpe": _bpe, "spm": _spm, "ugm": _ugm, "none": _none}[vocabulary]()
@@ -260,7 +291,11 @@ def tiny_bert() -> Gguf:
 
     def add(name: str, *sizes: int) -> None:
         shape = tuple(reversed(sizes))
-        data = random.normal(0, sizes[0] ** -0.5, shape) if len(sizes) > 1 else np.full(shape, name.endswith("weight"))
+        data = (
+            random.normal(0, sizes[0] ** -0.5, shape)
+            if len(sizes) > 1
+            else np.full(shape, name.endswith("weight"))
+        )
         tensors[name] = Tensor(data.astype(np.float32), name)
 
     def add_pair(name: str, *sizes: int) -> None:
@@ -306,15 +341,16 @@ def split_gguf(folder: str | Path, name: str = "tiny", n_shards: int = 2) -> lis
 
 def _bytes_as_characters() -> list[str]:
     """GPT-2 writes each byte as a visible character."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    visible = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     hidden = iter(range(256, 512))
     return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
 
 
-_PAIRS = (
-    "Ġ t|h e|i n|r e|o n|Ġt he|e r|Ġ a|a t|Ġ s|o r|e n|Ġ o|Ġ w|i s|e s|i t|o u|a n|Ġ c|in g|Ġ p|e d|a l|Ġ b|Ġ f|"
-    "a r|Ġ m|Ġ d|Ġo f|l e|Ġ in|Ġa n|Ġt o|i c|a s|Ġ h|r o|Ġan d|i on|Ġ l"
-).split("|")
+_PAIRS = ["Ġ t", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ a", "a t", "Ġ s", "o r", "e n", "Ġ o", "Ġ w", "i s", "e s", "i t", "o u", "a n", "Ġ c", "in g", "Ġ p", "e d", "a l", "Ġ b", "Ġ f", "a r", "Ġ m", "Ġ d", "Ġo f", "l e", "Ġ in", "Ġa n", "Ġt o", "i c", "a s", "Ġ h", "r o", "Ġan d", "i on", "Ġ l"]
 
 
 def _bpe() -> dict[str, Value]:
@@ -334,7 +370,21 @@ def _bpe() -> dict[str, Value]:
 
 
 def _spm() -> dict[str, Value]:
-    pieces = ["▁", *"etaoinshrdlcumwfgypbvk.,", "▁t", "he", "▁a", "in", "er", "▁the", "on", "re", "an", "▁s", "▁w"]
+    pieces = [
+        "▁",
+        *"etaoinshrdlcumwfgypbvk.,",
+        "▁t",
+        "he",
+        "▁a",
+        "in",
+        "er",
+        "▁the",
+        "on",
+        "re",
+        "an",
+        "▁s",
+        "▁w",
+    ]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * len(pieces)]
     scores = [0.0] * 259 + [-float(rank) for rank in range(len(pieces))]
@@ -351,13 +401,29 @@ def _spm() -> dict[str, Value]:
 
 
 def _ugm() -> dict[str, Value]:
-    pieces = ["▁", *"etaoinshrdlcumwfgypbvk.,", "▁t", "he", "▁a", "in", "er", "▁the", "on", "re", "an"]
+    pieces = [
+        "▁",
+        *"etaoinshrdlcumwfgypbvk.,",
+        "▁t",
+        "he",
+        "▁a",
+        "in",
+        "er",
+        "▁the",
+        "on",
+        "re",
+        "an",
+    ]
     tokens = ["<pad>", "</s>", "<unk>", *pieces]
     return {
         "tokenizer.ggml.model": string("t5"),
         "tokenizer.ggml.tokens": array("string", tokens),
-        "tokenizer.ggml.scores": array("f32", [0.0] * 3 + [-float(rank) for rank in range(len(pieces))]),
-        "tokenizer.ggml.token_type": array("i32", [CONTROL, CONTROL, UNKNOWN, *[NORMAL] * len(pieces)]),
+        "tokenizer.ggml.scores": array(
+            "f32", [0.0] * 3 + [-float(rank) for rank in range(len(pieces))]
+        ),
+        "tokenizer.ggml.token_type": array(
+            "i32", [CONTROL, CONTROL, UNKNOWN, *[NORMAL] * len(pieces)]
+        ),
         "tokenizer.ggml.eos_token_id": u32(1),
         "tokenizer.ggml.unknown_token_id": u32(2),
         "tokenizer.ggml.padding_token_id": u32(0),
@@ -368,7 +434,18 @@ def _ugm() -> dict[str, Value]:
 def _wpm() -> dict[str, Value]:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     words = ["the", "sky", "is", "blue", "why", "hello", "world", *letters]
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"▁{word}" for word in words), *letters, "▁.", "▁,", "▁?"]
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *(f"▁{word}" for word in words),
+        *letters,
+        "▁.",
+        "▁,",
+        "▁?",
+    ]
     return {
         "tokenizer.ggml.model": string("bert"),
         "tokenizer.ggml.tokens": array("string", tokens),

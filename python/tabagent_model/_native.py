@@ -146,3 +146,6 @@ def _try_module(name: str) -> bool:
         last = tried.stderr.decode(errors="replace").strip().splitlines()[-1:]
         _log.warning("the trial of %s ended with %s: %s", name, tried.returncode, "".join(last))
     return tried.returncode == 0
+
+
+check_folder()
