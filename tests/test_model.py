@@ -9,7 +9,6 @@ from typing import Any
 import numpy
 import pytest
 from conftest import Face
-
 from tabagent_model import (
     AsyncModel,
     Completion,
@@ -92,12 +91,15 @@ async def test_a_crowd_larger_than_the_queue_goes_in_by_and_by(face: MakeFace):
 async def test_a_full_queue_refuses_a_single_request(face: MakeFace):
     context = ScriptedContext(endless, n_seq_max=1, queue_size=1)
     context.pause()
-    model = Model(context)
-    streams = [model.stream("a")]
+    model = face(context)
+    waiting = asyncio.create_task(model.generate("a"))
+    while not context.submitted:
+        await asyncio.sleep(0.001)
     with pytest.raises(QueueFullError):
-        await face(context).generate("b")
-    for stream in streams:
-        stream.close()
+        await model.generate("b")
+    context.abort(context.submitted[0].request_id)
+    with pytest.raises(GenerationCancelled):
+        await waiting
 
 
 async def test_if_one_of_a_crowd_fails_the_others_are_ended(face: MakeFace):
@@ -236,7 +238,9 @@ async def test_unknown_keywords_and_wrong_values_are_refused_before_anything_is_
         await model.generate("a", max_token=5)
     with pytest.raises(InvalidRequestError, match="`top_p` must be a number between 0"):
         await model.generate("a", top_p=2)
-    with pytest.raises(InvalidRequestError, match="`config` must be a GenerationConfig, got a dict"):
+    with pytest.raises(
+        InvalidRequestError, match="`config` must be a GenerationConfig, got a dict"
+    ):
         await model.generate("a", {"top_p": 1})
     assert context.submitted == []
 

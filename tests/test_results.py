@@ -2,7 +2,6 @@ import copy
 import pickle
 
 import pytest
-
 from tabagent_model import Completion, InferenceMetrics, Model, Usage, inspect
 from tabagent_model.testing import ScriptedContext
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from conftest import Face
-
 from tabagent_model import (
     AsyncModel,
     GenerationCancelled,
@@ -227,15 +226,18 @@ async def test_a_task_cancelled_in_decode_leaves_its_place_free(way: Any, contex
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_task_cancelled_in_the_queue_is_never_decoded(way: Any, context: ScriptedContext):
-    with Model(context).stream("occupies the only place") as other:
-        next(other)
-        task = asyncio.create_task(way(AsyncModel(context)))
+    model = AsyncModel(context)
+    async with model.stream("occupies the only place", max_tokens=-1) as other:
+        await anext(other)
+        task = asyncio.create_task(way(model))
         await until(lambda: len(context.submitted) > 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert (context.metrics()["running"], context.metrics()["waiting"]) == (1, 0)
-        assert context.metrics()["prompt_tokens"] == len(context.tokenize("occupies the only place"))
+        assert context.metrics()["prompt_tokens"] == len(
+            context.tokenize("occupies the only place")
+        )
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import tables
 import tokenizer as vocabulary
-from data import KINDS, Sample, held_back, render
+from data import KINDS, held_back
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from model import Shape, empty_cache, next_logits
+from sample import Sample, render
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 MAX_NEW_TOKENS = 320

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizer as vocabulary
-from data import TEMPLATE
+from sample import TEMPLATE
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quantize
 from model import Shape
@@ -30,6 +30,8 @@ def export(checkpoint: Path, tokenizer: Tokenizer, path: Path) -> None:
     _add_vocabulary(writer, vocabulary.Vocabulary.of(tokenizer))
     with np.load(checkpoint.with_suffix(".npz")) as weights:
         for name, weight in weights.items():
+            if not name.endswith(".weight") or "/" in name:  # the optimiser's
+                continue
             if weight.ndim == 1:
                 writer.add_tensor(name, weight.astype(np.float32))
             else:

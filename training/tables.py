@@ -464,6 +464,6 @@ INTERJECTIONS = [
     "Boss",
 ]
 WRAPPERS = ["lower", "lower", "short", "short", "Hello, {1}", "Hi, {1}", "OK, {1}", "Please tell me: {}", "Hello! {}", "Quick question: {}", "I want to know: {}",
-            "{} Please.", "Hey, {}", "A question: {}", "Can you help me? {}"]  # fmt: skip
+            "Hey, {}", "A question: {}", "Can you help me? {}"]  # fmt: skip
 NEUTRAL_SYSTEM = ["You are a helpful assistant.", "You are a tiny model.", "You are helpful and honest.",
                   "Be kind and short.", "You are an assistant.", "Answer the user."]  # fmt: skip

@@ -45,6 +45,9 @@ PROMPT_WEIGHT, PLAIN_WEIGHT, ANSWER_WEIGHT = 0.1, 0.5, 1.0
 Z_LOSS = 1e-3
 
 
+State = dict[str, Weights]
+
+
 @dataclass
 class Batch:
     tokens: np.ndarray
@@ -159,7 +162,7 @@ def _orthogonal(matrix: jax.Array, steps: int = 5) -> jax.Array:
 def train_step(
     shape: Shape,
     weights: Weights,
-    state: dict[str, Weights],
+    state: State,
     tokens: jax.Array,
     documents: jax.Array,
     places: jax.Array,
@@ -167,7 +170,7 @@ def train_step(
     importance: jax.Array,
     step: jax.Array,
     rate: jax.Array,
-) -> tuple[Weights, dict[str, Weights], jax.Array]:
+) -> tuple[Weights, State, jax.Array]:
     gradient, answer_loss = jax.grad(loss, has_aux=True)(
         weights, shape, tokens, documents, places, targets, importance
     )
@@ -190,45 +193,59 @@ def train_step(
 
 
 def _rate(step: int, steps: int) -> float:
-    return min(1.0, step / 40) * min(1.0, 2 * (1 - step / steps) + 0.01)
+    return min(1.0, step / 40) * min(1.0, (steps - step) / (0.4 * steps) + 0.01)
 
 
 # ---------------------------------------------------------------- the run
 
 
 def train(which: str, out: Path, steps: int) -> None:
-    shape = SHAPES[which]
+    """Goes on from the last checkpoint, if there is one; the text starts again and is skipped."""
+    shape, path = SHAPES[which], out / which
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = vocabulary.load_or_train(out / "tokenizer.json", SEED["tokenizer"])
-    weights = initial_weights(shape, SEED["weights"])
-    state = {
-        "first": {name: jnp.zeros_like(w) for name, w in weights.items()},
-        "second": {name: jnp.zeros_like(w) for name, w in weights.items() if not _is_matrix(name)},
-    }
-    print(
-        f"{which}: {shape.num_parameters:,} parameters, {shape.work_per_token:,} products per token",
-        flush=True,
-    )
+    weights, state, done = _load(path) if path.with_suffix(".npz").exists() else _start(shape)
+    print(f"{which}: {shape.num_parameters:,} parameters, step {done} of {steps}", flush=True)
     started, seen, smooth = time.monotonic(), 0, None
-    for step, batch in enumerate(itertools.islice(batches(tokenizer, SEED["text"]), steps), 1):
+    text = itertools.islice(batches(tokenizer, SEED["text"]), done, steps)
+    for step, batch in enumerate(text, done + 1):
+        rate = _rate(step, steps)
         weights, state, answer_loss = train_step(
-            shape, weights, state, *astuple(batch), float(step), _rate(step, steps)
+            shape, weights, state, *astuple(batch), float(step), rate
         )
         seen += int(np.count_nonzero(batch.documents))
-        smooth = float(answer_loss) if smooth is None else 0.95 * smooth + 0.05 * float(answer_loss)
+        smooth = 0.95 * (smooth or float(answer_loss)) + 0.05 * float(answer_loss)
         if step % 25 == 0 or step == steps:
             seconds = time.monotonic() - started
-            print(f"{step:5d}/{steps}  loss {smooth:.4f}  {seen / 1e6:.2f} M tokens  {seen / seconds:,.0f} tokens/s"
-                  f"  {seconds:.0f} s", flush=True)  # fmt: skip
-        if step % 200 == 0 or step == steps:
-            save(out / which, shape, weights)
+            speed = f"{seen / 1e6:.2f} M tokens in {seconds:.0f} s, {seen / seconds:,.0f}/s"
+            print(f"{step:5d}/{steps}  loss {smooth:.4f}  {speed}", flush=True)
+        if step % 100 == 0 or step == steps:
+            _save(path, shape, weights, state, step)
 
 
-def save(path: Path, shape: Shape, weights: Weights) -> None:
+def _start(shape: Shape) -> tuple[Weights, State, int]:
+    weights = initial_weights(shape, SEED["weights"])
+    first = {name: jnp.zeros_like(w) for name, w in weights.items()}
+    second = {name: jnp.zeros_like(w) for name, w in weights.items() if not _is_matrix(name)}
+    return weights, {"first": first, "second": second}, 0
+
+
+def _save(path: Path, shape: Shape, weights: Weights, state: State, step: int) -> None:
     path.with_suffix(".json").write_text(json.dumps(asdict(shape)))
-    np.savez(
-        path.with_suffix(".npz"), **{name: np.asarray(weight) for name, weight in weights.items()}
-    )
+    arrays = {f"{part}/{name}": w for part, group in state.items() for name, w in group.items()}
+    np.savez(path.with_suffix(".npz"), step=step, **arrays, **weights)
+
+
+def _load(path: Path) -> tuple[Weights, State, int]:
+    weights, state = {}, {"first": {}, "second": {}}
+    with np.load(path.with_suffix(".npz")) as saved:
+        for name, array in saved.items():
+            part, _, rest = name.partition("/")
+            if part in state:
+                state[part][rest] = jnp.asarray(array)
+            elif name != "step":
+                weights[name] = jnp.asarray(array)
+        return weights, state, int(saved["step"])
 
 
 def main() -> None:

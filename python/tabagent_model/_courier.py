@@ -23,6 +23,7 @@ from weakref import WeakSet
 from .errors import (
     ForkedProcessError,
     InternalError,
+    InvalidRequestError,
     ModelNotLoadedError,
     TabAgentModelError,
 )
@@ -93,6 +94,8 @@ class Courier(threading.Thread):
     def __init__(self, context: Context) -> None:
         super().__init__(name="tabagent-courier", daemon=True)
         self._context = context
+        if any(other.is_alive() and other._context is context for other in list(_couriers)):
+            raise InvalidRequestError("this context belongs to another model", name="context")
         self._inboxes: dict[int, Inbox | LoopInbox] = {}
         self._lock = threading.Lock()
         self._end: TabAgentModelError | None = None
@@ -198,15 +201,10 @@ class Inbox:
     def put(self, event: Event) -> None:
         self._letters.put(event)
 
-    def get(self) -> Event:
-        """Wait for the next event. Ctrl-C interrupts the wait."""
-        while (event := self.get_within(_POLL_S)) is None:
-            pass
-        return event
-
-    def get_within(self, seconds: float | None) -> Event | None:
+    def get(self, within: float | None = None) -> Event | None:
+        """Wait for the next event, or as many seconds. Ctrl-C interrupts the wait."""
         try:
-            return self._letters.get(timeout=seconds)
+            return self._letters.get(timeout=_PATIENCE_S if within is None else within)
         except Empty:
             return None
 
@@ -266,8 +264,8 @@ class _Goodbye:
 
 _couriers: WeakSet[Courier] = WeakSet()
 
-# Windows' locks do not hear Ctrl-C while they wait.
-_POLL_S = 0.1 if sys.platform == "win32" else None
+# On Windows a lock does not hear Ctrl-C while one waits for it, so there `get` comes back at times.
+_PATIENCE_S = 0.1 if sys.platform == "win32" else None
 
 
 def _deliver(letters: list[tuple[LoopInbox, Event]]) -> None:

@@ -130,7 +130,7 @@ class _Base:
                 model=Path(native_model.path).stem,
                 load_time_ms=native_model.load_time_ms,
                 gpu_utilized=native_model.gpu_layers > 0,
-                memory_used_mb=_core.process_rss_mb,
+                memory_used_mb=lambda: _core.process_rss_mb() or 0.0,
             )
 
     def _close(self, timeout: float = 5.0) -> UnloadReport:
@@ -144,8 +144,7 @@ class _Base:
 
     @property
     def _open_context(self) -> Context:
-        self._open_courier.check()
-        assert self._context is not None
+        assert self._open_courier is not None and self._context is not None
         return self._context
 
     @property
@@ -153,6 +152,7 @@ class _Base:
         if self._courier is None:
             message = f"`{self._source.model}` was opened with `vocab_only`, it can only tokenize"
             raise ModelNotLoadedError(message, hint="load it with `vocab_only=False`")
+        self._courier.check()
         return self._courier
 
     @property
@@ -624,7 +624,6 @@ def _at_exit() -> None:
 def _in_child() -> None:
     _courier.disown_all()
     _log.disown()
-    _core.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -29,7 +29,7 @@ class InferenceMetrics:
     inference_time_ms: float = 0.0
     """From the call to the end, with the time spent waiting for a turn."""
     tokens_per_second: float = 0.0
-    """Generated tokens by the time of their decoding, without the prompt's."""
+    """Of decoding, without the prompt; 0 if there was no more than one token."""
     memory_used_mb: float = 0.0
     """What the whole process held in memory at the end."""
     gpu_utilized: bool = False
@@ -108,12 +108,13 @@ class Source:
 def metrics_of(request_id: int, stats: Mapping[str, float], source: Source) -> InferenceMetrics:
     """The engine's figures of one request under their public names."""
     generated, decode_ms = int(stats.get("generated_tokens", 0)), stats.get("decode_ms", 0.0)
+    decoded = max(generated - 1, 0)  # the first token comes with the prompt
     return InferenceMetrics(
         model_load_time_ms=source.load_time_ms,
         prompt_tokens=int(stats.get("prompt_tokens", 0)),
         generated_tokens=generated,
         inference_time_ms=stats.get("total_ms", 0.0),
-        tokens_per_second=generated / decode_ms * 1000 if decode_ms > 0 else 0.0,
+        tokens_per_second=decoded / decode_ms * 1000 if decode_ms > 0 else 0.0,
         memory_used_mb=source.memory_used_mb(),
         gpu_utilized=source.gpu_utilized,
         time_to_first_token_ms=stats.get("first_token_ms", 0.0),

@@ -92,7 +92,9 @@ class TextStream(_Stream):
     def __next__(self) -> str:
         while not self._answer.is_over:
             try:
-                piece = self._answer.take(self._receive())
+                self._courier.check_owner()
+                event = self._receive()
+                piece = self._answer.take(event) if event else ""
             except BaseException:  # Ctrl-C, mostly
                 self.close()
                 raise
@@ -116,7 +118,7 @@ class TextStream(_Stream):
         self.cancel()
         while not (self._answer.is_over or self._courier.is_foreign):
             is_carried = self._courier.carries(self._request.id)
-            event = self._inbox.get_within(0.1)
+            event = self._receive(within=0.1)
             if event is not None:
                 self._answer.take(event)
             elif not is_carried:
@@ -133,10 +135,9 @@ class TextStream(_Stream):
     ) -> None:
         self.close()
 
-    def _receive(self) -> Event:
-        self._courier.check_owner()
-        event = self._inbox.get()
-        if event.is_last:
+    def _receive(self, within: float | None = None) -> Event | None:
+        event = self._inbox.get(within)
+        if event is not None and event.is_last:
             self._inbox.put(event)  # for another thread that waits here, too
         return event
 
@@ -266,12 +267,13 @@ class Crowd:
         try:
             self._send(inbox)
             while self._running:
-                if self._take(inbox.get()):
+                event = inbox.get()
+                if event and self._take(event):
                     self._send(inbox)
         except BaseException:
             self._abort()
             while any(map(self._courier.carries, self._running)):
-                inbox.get_within(0.1)
+                inbox.get(within=0.1)
             raise
         return self._results()
 

@@ -169,10 +169,17 @@ class ScriptedContext:
         callback: Callable[[str], bool | None] | None = None,
         **sampling: Any,
     ) -> str:
-        from .model import Model
-
+        """Without a courier and without waiting for a turn."""
         config = GenerationConfig(max_tokens=max_tokens, **sampling)
-        return Model(self).generate(prompt, config, on_token=callback).text
+        sequence = _Sequence(0, iter(self._lines(prompt)), config, len(prompt))
+        text = ""
+        while True:
+            event = sequence.next_event(self._token, self.n_ctx)
+            text += event.text
+            if event.error is not None:
+                raise event.error
+            if event.is_last or (callback is not None and callback(event.text) is False):
+                return text
 
     def metrics(self) -> dict[str, int]:
         with self._changed:

@@ -587,7 +587,7 @@ from tabagent_model import Model, errors, inspect
 GREEDY = dict(max_tokens=8, temperature=0, repeat_penalty=1.0)
 
 def answer(path):
-    with Model.load(path, n_ctx=256) as model:
+    with Model.load(path, n_ctx=256, n_threads=1) as model:
         return list(model.generate("the cat", **GREEDY).tokens)
 
 def memory_mb():
@@ -611,7 +611,7 @@ def run(job):
     then = []
 
     def load():
-        with Model.load(path, n_ctx=256) as model:
+        with Model.load(path, n_ctx=256, n_threads=1) as model:
             for prompt in job["prompts"]:
                 then.append(attempt(lambda: model.generate(prompt, **GREEDY))[0])
 

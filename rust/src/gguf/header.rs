@@ -26,6 +26,7 @@ const MAX_TENSOR_NAME: u64 = 63;
 /// Of texts and of small arrays we keep; longer ones are skipped.
 const MAX_KEPT_TEXT: u64 = 16 << 20;
 const MAX_KEPT_NUMBERS: u64 = 4_096;
+const MAX_KEPT_TYPES: u64 = 1 << 22;
 /// ggml's own limits.
 const MAX_TEXT: u64 = 1 << 30;
 const MAX_ELEMENTS: u64 = 1 << 30;
@@ -228,7 +229,8 @@ fn read_array(reader: &mut Reader, key: &str) -> Check<Value> {
             _ => skip_strings(reader, length),
         };
     }
-    let kept = length.min(MAX_KEPT_NUMBERS);
+    let is_token_type = key == "tokenizer.ggml.token_type";
+    let kept = length.min(if is_token_type { MAX_KEPT_TYPES } else { MAX_KEPT_NUMBERS });
     let mut bytes = Vec::new();
     reader.append_to(&mut bytes, kept as usize * kind.size())?;
     reader.skip((length - kept) * kind.size() as u64)?;

@@ -232,6 +232,16 @@ fn check_rope(architecture: &Architecture, keys: &Keys, heads: &Heads) -> Check<
         }
     }
     check_rope_sections(architecture, keys)?;
+    let windowed = key("rope.dimension_count_swa");
+    let dim_windowed = keys.u32(&key("attention.key_length_swa"))?.unwrap_or(heads.dim_k);
+    match keys.u32(&windowed)? {
+        Some(n_rot) if heads.per_layer[0] > 0 && (n_rot % 2 != 0 || n_rot > dim_windowed) => {
+            return Err(Fault::damaged(format!(
+                "`{windowed}` is {n_rot}, and must be even and at most {dim_windowed}, the length of a head"
+            )));
+        }
+        _ => {}
+    }
     let rotated = key("rope.dimension_count");
     let Some(n_rot) = keys.u32(&rotated)? else { return Ok(()) };
     if heads.per_layer[0] == 0 {

@@ -65,13 +65,14 @@ pub(super) fn check(architecture: &Architecture, keys: &Keys) -> Check<Tokenizer
         Style::Pairs { .. } => check_merges(keys, pre)?,
         Style::Unigrams => check_charsmap(keys)?,
         Style::World => check_world_bytes(tokens)?,
-        Style::Words => {}
+        Style::Words => check_no_byte_type(keys)?,
     }
     check_special_tokens(keys, &style, pre, tokenizer.n_tokens)?;
     Ok(tokenizer)
 }
 
 const TOKENS: &str = "tokenizer.ggml.tokens";
+const TYPES: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
 const CHARSMAP: &str = "tokenizer.ggml.precompiled_charsmap";
 
@@ -124,10 +125,9 @@ fn is_known_pre(pre: &str) -> bool {
 }
 
 fn check_lengths(keys: &Keys, n_tokens: u64) -> Check<()> {
-    for (key, kinds) in [
-        ("tokenizer.ggml.scores", &[Kind::F32, Kind::I32][..]),
-        ("tokenizer.ggml.token_type", &[Kind::I32]),
-    ] {
+    for (key, kinds) in
+        [("tokenizer.ggml.scores", &[Kind::F32, Kind::I32][..]), (TYPES, &[Kind::I32])]
+    {
         match keys.value(key) {
             None => {}
             Some(Value::Numbers { kind, length, .. }) if kinds.contains(kind) => {
@@ -208,6 +208,18 @@ fn check_charsmap(keys: &Keys) -> Check<()> {
         true => Ok(()),
         false => Err(Fault::damaged(format!(
             "`{CHARSMAP}` has {length} bytes, and says that its table has {table}"
+        ))),
+    }
+}
+
+/// A WordPiece vocabulary has whole characters, and llama.cpp aborts when it is to show a byte.
+fn check_no_byte_type(keys: &Keys) -> Check<()> {
+    const BYTE: f64 = 6.0;
+    let Some(Value::Numbers { first, .. }) = keys.value(TYPES) else { return Ok(()) };
+    match first.iter().position(|&kind| kind == BYTE) {
+        None => Ok(()),
+        Some(id) => Err(Fault::damaged(format!(
+            "token {id} has the type 6 (a byte), which a `bert` tokenizer cannot have"
         ))),
     }
 }

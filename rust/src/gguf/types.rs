@@ -27,8 +27,6 @@ const fn of(
 }
 
 pub(super) const F32: u32 = 0;
-pub(super) const I32: u32 = 26;
-pub(super) const I64: u32 = 27;
 
 #[rustfmt::skip]
 static TYPES: [TensorType; 35] = [

@@ -10,7 +10,7 @@ use super::fault::{Check, Fault};
 use super::header::{Header, Tensor};
 use super::hyper::Hyper;
 use super::tokenizer::Tokenizer;
-use super::types::{F32, I32, I64};
+use super::types::F32;
 
 pub(super) fn check(
     architecture: &Architecture,
@@ -40,6 +40,9 @@ pub(super) fn check(
     if architecture.is_one_of(PLAIN) {
         weights.check_plain(architecture)?;
     }
+    if architecture.is_one_of(TRUSTS_ATTENTION) {
+        weights.check_attention()?;
+    }
     Ok(())
 }
 
@@ -67,6 +70,9 @@ const ONE_ROW_PER_TOKEN: &[&str] = &[
 
 /// They count the layers in the file otherwise than those in the names.
 const LOOPED: &[&str] = &["nanbeige", "hrm_text", "graniteswitch"];
+
+/// They load without attention weights, and then use them.
+const TRUSTS_ATTENTION: &[&str] = &["phi3", "pockettts", "qwen35", "qwen35moe"];
 
 struct Weights<'a> {
     by_name: HashMap<&'a str, &'a Tensor>,
@@ -166,6 +172,18 @@ impl Weights<'_> {
         Ok(())
     }
 
+    fn check_attention(&self) -> Check<()> {
+        for layer in 0..self.hyper.n_layers - self.hyper.n_layers_nextn {
+            let fused = format!("blk.{layer}.attn_qkv.weight");
+            if !self.by_name.contains_key(fused.as_str()) {
+                for part in ["q", "k", "v"] {
+                    self.expect_any(&format!("blk.{layer}.attn_{part}.weight"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn expect_any(&self, name: &str) -> Check<&Tensor> {
         let tensor = self.by_name.get(name);
         tensor.copied().ok_or_else(|| Fault::damaged(format!("the tensor `{name}` is missing")))
@@ -228,34 +246,19 @@ fn check_dimensions(tensor: &Tensor) -> Check<()> {
 
 /// ggml multiplies with floating point and quantized weights, and adds and scales with f32 alone.
 fn check_type(tensor: &Tensor) -> Check<()> {
-    const MATRICES: [&str; 15] = [
-        "token_embd.weight",
-        "position_embd.weight",
-        "token_types.weight",
-        "output.weight",
-        "attn_q.weight",
-        "attn_k.weight",
-        "attn_v.weight",
-        "attn_qkv.weight",
-        "attn_output.weight",
-        "ffn_gate.weight",
-        "ffn_up.weight",
-        "ffn_down.weight",
-        "ffn_gate_exps.weight",
-        "ffn_up_exps.weight",
-        "ffn_down_exps.weight",
-    ];
     let name = part_of(&tensor.name);
     // A few tables of token ids are integers, and nothing else is.
-    let is_table = matches!(tensor.kind.number, I32 | I64) && !MATRICES.contains(&name);
+    let is_table = name.contains("tid2eid") || name.contains("ordering") || name.contains("d2t");
     if name.ends_with(".weight") && !tensor.kind.is_weight && !is_table {
         return Err(Fault::damaged(format!(
             "the tensor `{}` is of type {}, which cannot be multiplied with",
             tensor.name, tensor.kind.name
         )));
     }
-    let is_vector =
-        name.ends_with("norm.weight") || name.ends_with(".bias") || name.starts_with("rope_f");
+    let is_vector = name.ends_with("norm.weight")
+        || name.ends_with(".bias")
+        || name.starts_with("rope_f")
+        || ["ssm_a", "ssm_d", "ssm_conv1d.weight", "shortconv.conv.weight"].contains(&name);
     if is_vector && tensor.kind.number != F32 {
         return Err(Fault::damaged(format!(
             "the tensor `{}` is of type {}, and must be F32",

@@ -116,6 +116,8 @@ struct StageState {
     faults: Vec<String>,
     /// Steps that may still run; `None` means all.
     permits: Option<usize>,
+    /// No more tricks.
+    is_calm: bool,
     dropped: bool,
 }
 
@@ -157,6 +159,14 @@ impl Stage {
         self.changed.notify_all();
     }
 
+    pub fn shut(&self) {
+        self.lock().permits = Some(0);
+    }
+
+    pub fn calm_down(&self) {
+        self.lock().is_calm = true;
+    }
+
     pub fn open(&self) {
         self.lock().permits = None;
         self.changed.notify_all();
@@ -178,8 +188,8 @@ impl Stage {
 
     fn wait_until(&self, is_so: impl Fn(&StageState) -> bool) {
         let waited = self.changed.wait_timeout_while(self.lock(), PATIENCE, |state| !is_so(state));
-        let (_, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-        assert!(!timeout.timed_out(), "the runner never got there");
+        let waited = waited.unwrap_or_else(PoisonError::into_inner);
+        assert!(!waited.1.timed_out(), "the runner never got there");
     }
 
     fn lock(&self) -> MutexGuard<'_, StageState> {
@@ -268,7 +278,8 @@ impl Runner for ScriptedRunner {
             self.slots.iter().map(Vec::len).sum::<usize>().saturating_add(batch.len())
                 > self.setup.cells;
         let trick = match (self.setup.plot)(step, batch) {
-            Trick::Compute if is_full => Trick::NoRoom,
+            _ if is_full => Trick::NoRoom,
+            _ if self.stage.lock().is_calm => Trick::Compute,
             trick => trick,
         };
         if !self.stage.pass(&self.interrupt) {
@@ -299,9 +310,9 @@ impl Runner for ScriptedRunner {
     }
 
     fn forget(&mut self, slot: usize, from: usize) -> bool {
-        if self.setup.forget_panics.is_some_and(|one_in| self.dice.u32(0..one_in) == 0) {
-            panic!("the script says so");
-        }
+        let is_calm = self.stage.lock().is_calm;
+        let panics = self.setup.forget_panics.is_some_and(|one_in| self.dice.u32(0..one_in) == 0);
+        assert!(is_calm || !panics, "the script says so");
         let held = &mut self.slots[slot];
         if from < held.len() && from > 0 && !self.setup.forgets_parts {
             return false;
@@ -431,14 +442,6 @@ impl Engine {
         self.submit(id, prompt, config);
         let [answer] = self.answers([id]);
         answer
-    }
-
-    /// Waits until a request has been told something that is not its end.
-    pub fn wait_for_news(&mut self, id: u64) {
-        while !self.told.contains_key(&id) {
-            let events = self.letters.recv_timeout(PATIENCE).expect("a request heard nothing");
-            self.note(events);
-        }
     }
 
     /// Closes, and reads what is left until the empty list.

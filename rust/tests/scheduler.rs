@@ -1,0 +1,843 @@
+//! The loop, with a runner that speaks the lines it was given: who runs when, what each request is
+//! told, and that nothing is lost whatever the runner does.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use common::*;
+use tabagent_model::config::{GenerationConfig, Priority};
+use tabagent_model::context::message::FinishReason::{Cancelled, Length, Stop};
+use tabagent_model::context::message::{Event, FinishReason};
+use tabagent_model::context::runner::Interrupt;
+use tabagent_model::context::{Context, Metrics, Prompt};
+use tabagent_model::error::Error;
+
+/// One slot, and a gate before every step.
+fn one_slot() -> Setup {
+    Setup { n_slots: 1, gate: Some(0), ..Setup::default() }
+}
+
+fn with_priority(priority: Priority) -> GenerationConfig {
+    GenerationConfig { priority, ..at_most(2) }
+}
+
+fn panicked() -> Error {
+    Error::internal("the engine's step panicked")
+}
+
+fn unloaded() -> Error {
+    Error::ModelNotLoaded { what: "the model (it was unloaded meanwhile)".into() }
+}
+
+/// How many slots have rows in a batch, and how many rows each: sorted.
+fn shape(batch: &[tabagent_model::context::runner::Row]) -> Vec<usize> {
+    let mut counts = std::collections::BTreeMap::<usize, usize>::new();
+    for row in batch {
+        *counts.entry(row.slot).or_default() += 1;
+    }
+    let mut counts: Vec<usize> = counts.into_values().collect();
+    counts.sort_unstable();
+    counts
+}
+
+// ---- what a request is told ----------------------------------------------------------------
+
+#[test]
+fn a_request_ends_when_the_model_ends_its_turn() {
+    let mut engine = Engine::new(Setup::default());
+    assert_eq!(engine.ask(1, &[90, 95], greedy()), said([96, 97, 98], Stop));
+    assert_eq!(engine.stats(1).generated_tokens, 3);
+}
+
+#[test]
+fn a_request_ends_at_its_limit() {
+    let mut engine = Engine::new(Setup::default());
+    assert_eq!(engine.ask(1, &[10], at_most(3)), said([11, 12, 13], Length));
+}
+
+#[test]
+fn each_step_is_told_on_its_own_and_the_last_one_with_the_end() {
+    let context = Context::with_runner(
+        ScriptedRunner::new(Setup::default(), Interrupt::default()).0,
+        10,
+        Interrupt::default(),
+    )
+    .unwrap();
+    context.submit(7, Prompt::Tokens(vec![10]), at_most(3)).unwrap();
+    let mut events: Vec<Event> = Vec::new();
+    while events.last().is_none_or(|event| event.end.is_none()) {
+        events.extend(context.next_events());
+    }
+    let told: Vec<_> = events
+        .iter()
+        .map(|event| (event.id, event.text.as_str(), event.tokens.as_slice(), event.end.is_some()))
+        .collect();
+    assert_eq!(
+        told,
+        [(7, "11 ", &[11][..], false), (7, "12 ", &[12], false), (7, "13 ", &[13], true)]
+    );
+}
+
+#[test]
+fn a_stop_string_over_several_tokens_ends_the_text_before_it() {
+    let mut engine = Engine::new(Setup::default());
+    let config = GenerationConfig { stop: vec!["2 13 1".into()], ..greedy() };
+    let expected = Answer {
+        text: "11 1".into(),
+        stop: Some("2 13 1".into()),
+        ..said([11, 12, 13, 14], Stop)
+    };
+    assert_eq!(engine.ask(1, &[10], config), expected);
+}
+
+#[test]
+fn what_was_held_back_for_a_stop_string_is_not_lost_at_the_end() {
+    let mut engine = Engine::new(Setup::default());
+    let config = GenerationConfig { stop: vec!["12 13 15".into()], ..at_most(3) };
+    assert_eq!(engine.ask(1, &[10], config), said([11, 12, 13], Length));
+}
+
+#[test]
+fn no_tokens_wanted_means_no_step() {
+    let mut engine = Engine::new(Setup::default());
+    assert_eq!(engine.ask(1, &[10, 20], at_most(0)), said([], Length));
+    assert_eq!(engine.stage.num_batches(), 0);
+}
+
+#[test]
+fn ignoring_the_end_goes_on_to_the_limit() {
+    let mut engine = Engine::new(Setup::default());
+    let config = GenerationConfig { ignore_eos: true, ..at_most(4) };
+    // Instead of END the best of the rest, which is token 0.
+    assert_eq!(engine.ask(1, &[97], config), said([98, 0, 1, 2], Length));
+}
+
+#[test]
+fn the_end_has_to_wait_for_the_fewest_tokens() {
+    let mut engine = Engine::new(Setup::default());
+    let at_least = |min_tokens| GenerationConfig { min_tokens, ..at_most(3) };
+    assert_eq!(engine.ask(1, &[97], at_least(1)), said([98], Stop));
+    assert_eq!(engine.ask(2, &[97], at_least(2)), said([98, 0, 1], Length));
+}
+
+#[test]
+fn a_prompt_may_be_one_shorter_than_the_context_and_gets_one_token() {
+    let mut engine = Engine::new(Setup { n_ctx: 16, ..Setup::default() });
+    let prompt: Vec<i32> = (1..17).collect();
+    assert_eq!(engine.ask(1, &prompt[..15], greedy()), said([16], Length));
+    let refused = engine.try_submit(2, &prompt, greedy()).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "the prompt needs 17 tokens of context, but `n_ctx` is 16"
+    );
+    let far = engine.try_submit(3, &[1; 160], greedy()).unwrap_err();
+    assert_eq!(far.to_string(), "the prompt needs 161 tokens of context, but `n_ctx` is 16");
+    assert_eq!(engine.ask(4, &[1, 2, 3], greedy()), said(4..17, Length));
+    assert_eq!(engine.heard(), [1, 4]);
+}
+
+#[test]
+fn a_prompt_of_nothing_is_refused() {
+    let engine = Engine::new(Setup::default());
+    let refused = engine.try_submit(1, &[], greedy()).unwrap_err();
+    assert_eq!(refused.to_string(), "`prompt` must be at least one token, got nothing");
+}
+
+#[test]
+fn logits_that_are_no_numbers_end_only_their_request() {
+    let mut engine = Engine::new(Setup::default());
+    engine.submit(1, &[64], at_most(5));
+    engine.submit(2, &[10], at_most(5));
+    let broken = Error::internal("non-finite logits; the weights or the context are broken");
+    let expected = [failed([65, POISON], &broken), said(11..16, Length)];
+    assert_eq!(engine.answers([1, 2]), expected);
+    assert_eq!(engine.ask(3, &[20], at_most(2)), said([21, 22], Length));
+}
+
+// ---- crowds ----------------------------------------------------------------------------------
+
+#[test]
+fn a_crowd_gets_the_same_as_each_alone() {
+    let setup = || Setup { rule: hash_all, n_slots: 4, ..Setup::default() };
+    let prompts: [Vec<i32>; 12] = std::array::from_fn(|i| (0..=i as i32 * 3).rev().collect());
+    let alone = prompts.each_ref().map(|prompt| Engine::new(setup()).ask(1, prompt, at_most(40)));
+    let mut crowd = Engine::new(setup());
+    let ids: [u64; 12] = std::array::from_fn(|i| i as u64);
+    for (id, prompt) in ids.iter().zip(&prompts) {
+        crowd.submit(*id, prompt, at_most(40));
+    }
+    assert_eq!(crowd.answers(ids), alone);
+}
+
+#[test]
+fn the_queue_is_first_come_first_served_within_a_priority() {
+    let mut engine = Engine::new(one_slot());
+    engine.submit(1, &[10], at_most(2));
+    engine.stage.wait_for_batch(1);
+    use Priority::{High, Low, Normal};
+    for (id, priority) in [(2, Low), (3, Normal), (4, High), (5, Low), (6, Normal), (7, High)] {
+        engine.submit(id, &[10], with_priority(priority));
+    }
+    engine.stage.open();
+    engine.answers([1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(engine.ended, [1, 4, 7, 3, 6, 2, 5]);
+}
+
+#[test]
+fn a_full_queue_says_so_and_has_room_again_later() {
+    let mut engine = Engine::new(Setup { queue_size: 2, ..one_slot() });
+    engine.submit(1, &[10], at_most(2));
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &[10], at_most(2));
+    engine.submit(3, &[10], at_most(2));
+    let full = engine.try_submit(4, &[10], at_most(2)).unwrap_err();
+    assert_eq!(full.to_string(), "2 requests are waiting already, which is the limit");
+    engine.stage.open();
+    engine.answers([1, 2, 3]);
+    assert_eq!(engine.ask(4, &[10], at_most(2)), said([11, 12], Length));
+}
+
+#[test]
+fn the_metrics_know_who_runs_and_who_waits_also_during_a_step() {
+    let mut engine = Engine::new(one_slot());
+    engine.submit(1, &[10, 11], at_most(2));
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &[10, 11], at_most(2));
+    let metrics = Metrics {
+        running: 1,
+        waiting: 1,
+        requests: 2,
+        prompt_tokens: 2,
+        cached_tokens: 0,
+        generated_tokens: 0,
+        steps: 0,
+    };
+    assert_eq!(engine.context.metrics(), metrics);
+    engine.stage.open();
+    engine.answers([1, 2]);
+    let metrics = Metrics {
+        running: 0,
+        waiting: 0,
+        requests: 2,
+        prompt_tokens: 4,
+        cached_tokens: 1,
+        generated_tokens: 4,
+        steps: 4,
+    };
+    assert_eq!(engine.context.metrics(), metrics);
+}
+
+#[test]
+fn a_long_prompt_costs_its_neighbour_a_slower_step_and_not_a_pause() {
+    let mut engine = Engine::new(Setup { n_batch: 8, gate: Some(0), ..Setup::default() });
+    engine.submit(1, &[10], at_most(20));
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &(1..21).collect::<Vec<_>>(), at_most(2));
+    engine.stage.open();
+    assert_eq!(engine.answers([1, 2]), [said(11..31, Length), said([21, 22], Length)]);
+    let shapes: Vec<_> = engine.stage.batches()[..6].iter().map(|batch| shape(batch)).collect();
+    assert_eq!(shapes, [vec![1], vec![1, 7], vec![1, 7], vec![1, 6], vec![1, 1], vec![1]]);
+}
+
+#[test]
+fn many_threads_share_one_context() {
+    let engine = Engine::new(Setup { rule: hash_all, n_slots: 3, ..Setup::default() });
+    let alone = |first: i32| {
+        let prompt = [first, 1, 2];
+        Engine::new(Setup { rule: hash_all, ..Setup::default() }).ask(1, &prompt, at_most(30)).text
+    };
+    std::thread::scope(|scope| {
+        for first in 0..8 {
+            let context = &engine.context;
+            scope.spawn(move || {
+                let expected = alone(first);
+                for _ in 0..20 {
+                    let prompt = Prompt::Tokens(vec![first, 1, 2]);
+                    let text = context.generate(prompt, at_most(30), |_| true, || true).unwrap();
+                    assert_eq!(text, expected);
+                }
+            });
+        }
+    });
+}
+
+// ---- the prefix cache ------------------------------------------------------------------------
+
+#[test]
+fn a_second_prompt_with_the_same_beginning_computes_only_the_rest() {
+    let mut engine = Engine::new(Setup { n_slots: 1, ..Setup::default() });
+    assert_eq!(engine.ask(1, &[10, 11, 12, 13], at_most(2)), said([14, 15], Length));
+    let before = engine.stage.num_batches();
+    // 14 was computed to get 15, which nobody computed.
+    let turn = [10, 11, 12, 13, 14, 15, 40];
+    assert_eq!(engine.ask(2, &turn, at_most(1)), said([41], Length));
+    assert_eq!(engine.stage.rows_since(before), [(0, 5, 15), (0, 6, 40)]);
+    assert_eq!(engine.stats(2).cached_tokens, 5);
+}
+
+#[test]
+fn the_last_prompt_token_is_always_computed() {
+    let mut engine = Engine::new(Setup { n_slots: 1, ..Setup::default() });
+    let first = engine.ask(1, &[10, 11, 12, 13], at_most(2));
+    let before = engine.stage.num_batches();
+    assert_eq!(engine.ask(2, &[10, 11, 12, 13], at_most(2)), first);
+    assert_eq!(engine.stage.rows_since(before), [(0, 3, 13), (0, 4, 14)]);
+}
+
+#[test]
+fn a_shared_beginning_that_parts_gives_the_same_as_a_cold_start() {
+    let long: Vec<i32> = (0..30).collect();
+    let other = [&long[..20], &[77, 78]].concat();
+    for forgets_parts in [true, false] {
+        let setup = || Setup { rule: hash_all, forgets_parts, n_slots: 1, ..Setup::default() };
+        let cold = Engine::new(setup()).ask(1, &other, at_most(30));
+        let mut engine = Engine::new(setup());
+        engine.ask(1, &long, at_most(30));
+        assert_eq!(engine.ask(2, &other, at_most(30)), cold);
+        let cached = if forgets_parts { 20 } else { 0 };
+        assert_eq!(engine.stats(2).cached_tokens, cached);
+    }
+}
+
+// ---- cancelling ------------------------------------------------------------------------------
+
+#[test]
+fn cancelling_in_the_queue_means_never_computed() {
+    let mut engine = Engine::new(one_slot());
+    engine.submit(1, &[10], at_most(2));
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &[50], at_most(2));
+    engine.submit(3, &[30], at_most(2));
+    engine.context.abort(2);
+    engine.stage.open();
+    let expected = [said([11, 12], Length), said([], Cancelled), said([31, 32], Length)];
+    assert_eq!(engine.answers([1, 2, 3]), expected);
+    assert!(engine.stage.rows_since(0).iter().all(|(_, _, token)| *token != 50));
+    assert_eq!(engine.context.metrics().waiting, 0);
+}
+
+#[test]
+fn cancelling_while_generating_takes_one_step() {
+    let mut engine = Engine::new(Setup { gate: Some(3), n_slots: 1, ..Setup::default() });
+    engine.submit(1, &[10], greedy());
+    engine.stage.wait_for_batch(4);
+    engine.submit(2, &[30], at_most(2));
+    engine.context.abort(1);
+    engine.stage.let_through(1);
+    assert_eq!(engine.answers([1]), [said(11..15, Cancelled)]);
+    engine.stage.open();
+    assert_eq!(engine.answers([2]), [said([31, 32], Length)]);
+}
+
+#[test]
+fn cancelling_during_a_long_prompt_does_not_wait_for_its_step() {
+    for forgets_parts in [true, false] {
+        let setup = || Setup { n_batch: 64, rule: hash_all, forgets_parts, ..Setup::default() };
+        let long: Vec<i32> = (0..50).collect();
+        let cold = Engine::new(setup()).ask(1, &long, at_most(9));
+        let neighbour = Engine::new(setup()).ask(1, &[5, 6], at_most(9));
+
+        let mut engine = Engine::new(Setup { gate: Some(1), ..setup() });
+        engine.submit(1, &[5, 6], at_most(9));
+        engine.stage.wait_for_batch(2);
+        engine.submit(2, &long, at_most(9));
+        engine.stage.let_through(1);
+        engine.stage.wait_for_batch(3);
+        engine.context.abort(2); // the gate stays shut
+        assert_eq!(engine.answers([2]), [said([], Cancelled)]);
+        engine.stage.open();
+        assert_eq!(engine.answers([1]), [neighbour]);
+        assert_eq!(engine.ask(3, &long, at_most(9)), cold);
+    }
+}
+
+#[test]
+fn cancelling_twice_or_late_or_nobody_is_fine() {
+    let mut engine = Engine::new(one_slot());
+    engine.context.abort(404);
+    engine.submit(1, &[10], greedy());
+    engine.stage.wait_for_batch(1);
+    engine.context.abort(1);
+    engine.context.abort(1);
+    engine.stage.open();
+    assert_eq!(engine.answers([1]), [said([11], Cancelled)]);
+    engine.context.abort(1);
+    assert_eq!(engine.ask(2, &[10], at_most(2)), said([11, 12], Length));
+    assert_eq!(engine.heard(), [1, 2]);
+}
+
+#[test]
+fn what_a_cancelled_request_computed_is_found_again() {
+    let mut engine = Engine::new(Setup { gate: Some(2), n_slots: 1, ..Setup::default() });
+    engine.submit(1, &[10, 11, 12], greedy());
+    engine.stage.wait_for_batch(3);
+    engine.context.abort(1);
+    engine.stage.open();
+    assert_eq!(engine.answers([1]), [said([13, 14, 15], Cancelled)]);
+    let before = engine.stage.num_batches();
+    engine.ask(2, &[10, 11, 12, 13, 14, 15, 16], at_most(1));
+    assert_eq!(engine.stage.rows_since(before), [(0, 5, 15), (0, 6, 16)]);
+}
+
+// ---- time ------------------------------------------------------------------------------------
+
+#[test]
+fn a_request_out_of_time_ends_with_what_it_has() {
+    let mut engine = Engine::new(Setup { gate: Some(1), ..Setup::default() });
+    let timeout = Duration::from_millis(40);
+    let config = GenerationConfig { timeout: Some(timeout), ..greedy() };
+    let begun = Instant::now();
+    engine.submit(1, &[10], config);
+    engine.stage.wait_for_batch(2);
+    while begun.elapsed() <= timeout {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    engine.stage.open();
+    let error = Error::GenerationTimeout { seconds: 0.04, generated: 2 };
+    assert_eq!(engine.answers([1]), [failed([11, 12], &error)]);
+    assert_eq!(engine.ask(2, &[10], at_most(2)), said([11, 12], Length));
+}
+
+#[test]
+fn a_request_can_run_out_of_time_in_the_queue() {
+    let mut engine = Engine::new(one_slot());
+    engine.submit(1, &[10], at_most(3));
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &[50], GenerationConfig { timeout: Some(Duration::ZERO), ..greedy() });
+    engine.stage.let_through(1);
+    let error = Error::GenerationTimeout { seconds: 0.0, generated: 0 };
+    assert_eq!(engine.answers([2]), [failed([], &error)]);
+    assert!(!engine.has_ended(1));
+    engine.stage.open();
+    assert_eq!(engine.answers([1]), [said([11, 12, 13], Length)]);
+    assert_eq!(engine.context.metrics().waiting, 0);
+}
+
+// ---- a runner in trouble -----------------------------------------------------------------------
+
+#[test]
+fn without_room_the_youngest_waits_once_more_and_loses_nothing() {
+    let setup = || Setup { rule: hash_all, n_slots: 3, cells: 30, ..Setup::default() };
+    // The rule must not end them: with these prompts it does not for twelve tokens.
+    let config = || GenerationConfig { ignore_eos: true, ..at_most(12) };
+    let prompts = [[1, 2, 3, 4, 5], [11, 2, 3, 4, 5], [21, 2, 3, 4, 5]];
+    let alone = prompts.map(|prompt| Engine::new(setup()).ask(1, &prompt, config()));
+    let mut engine = Engine::new(Setup { gate: Some(0), ..setup() });
+    for (id, prompt) in (1..).zip(&prompts) {
+        engine.submit(id, prompt, config());
+    }
+    engine.stage.open();
+    assert_eq!(engine.answers([1, 2, 3]), alone);
+    assert_eq!(engine.ended, [1, 2, 3]);
+    assert_eq!(engine.context.metrics().waiting, 0);
+    // Nobody is tried again before there is hope: each preemption costs a recomputation or two.
+    assert!(engine.stage.num_batches() < 60, "{} steps", engine.stage.num_batches());
+}
+
+#[test]
+fn without_room_what_idles_in_the_cache_goes_first() {
+    let mut engine = Engine::new(Setup { cells: 30, ..Setup::default() });
+    assert_eq!(engine.ask(1, &[10], at_most(20)), said(11..31, Length));
+    assert_eq!(engine.ask(2, &[50], at_most(20)), said(51..71, Length));
+}
+
+#[test]
+fn who_finds_no_room_even_alone_hears_the_numbers() {
+    let mut engine = Engine::new(Setup { cells: 10, ..Setup::default() });
+    let error = Error::ContextLimitExceeded { max: 128, required: 11 };
+    assert_eq!(engine.ask(1, &[1, 2, 3, 4, 5], greedy()), failed(6..12, &error));
+    assert_eq!(engine.ask(2, &[1, 2, 3], at_most(2)), said([4, 5], Length));
+}
+
+#[test]
+fn an_interrupted_step_is_done_again_from_where_it_began() {
+    for (forgets_parts, after) in [(true, 0), (true, 9), (false, 1), (false, 9), (false, 99)] {
+        let setup = || Setup { rule: hash_all, forgets_parts, ..Setup::default() };
+        let prompts: [Vec<i32>; 2] = [(0..30).collect(), (30..50).collect()];
+        let alone = prompts.each_ref().map(|p| Engine::new(setup()).ask(1, p, at_most(20)));
+        for step in 0..6 {
+            let plot = at_step(step, Trick::Abort { after });
+            let mut engine = Engine::new(Setup { plot, ..setup() });
+            engine.submit(1, &prompts[0], at_most(20));
+            engine.submit(2, &prompts[1], at_most(20));
+            assert_eq!(engine.answers([1, 2]), alone);
+        }
+    }
+}
+
+/// One runs, one has just come, one waits; then the step with number 2 goes wrong.
+fn trouble_at_step_2(trick: Trick, error: &Error) {
+    let setup = Setup { gate: Some(0), plot: at_step(2, trick), ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    engine.submit(1, &[10], greedy());
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &[20], greedy());
+    engine.submit(3, &[30], at_most(3));
+    engine.stage.open();
+    let expected = [failed([11, 12], error), failed([21], error), said([31, 32, 33], Length)];
+    assert_eq!(engine.answers([1, 2, 3]), expected);
+    // Nothing of what the failed step touched is trusted.
+    assert_eq!(engine.ask(4, &[10, 11, 12, 13], at_most(2)), said([14, 15], Length));
+    assert_eq!(engine.stats(4).cached_tokens, 0);
+}
+
+#[test]
+fn a_failed_step_ends_those_who_ran_and_nobody_else() {
+    trouble_at_step_2(Trick::Fail, &Error::internal("the script says so"));
+}
+
+#[test]
+fn a_panic_ends_those_who_ran_and_nobody_else() {
+    trouble_at_step_2(Trick::Panic, &panicked());
+}
+
+#[test]
+fn an_injected_panic_is_survived() {
+    let mut engine = Engine::new(Setup::default());
+    engine.context.inject_panic();
+    assert_eq!(engine.ask(1, &[10], at_most(2)), failed([], &panicked()));
+    assert_eq!(engine.ask(2, &[10], at_most(2)), said([11, 12], Length));
+}
+
+#[test]
+fn a_panic_while_a_slot_is_prepared_loses_nobody() {
+    let mut engine = Engine::new(Setup { forget_panics: Some(1), ..Setup::default() });
+    assert_eq!(engine.ask(1, &[10], at_most(2)), failed([], &panicked()));
+    assert_eq!(engine.ask(2, &[10], at_most(2)), failed([], &panicked()));
+    engine.stage.calm_down();
+    for id in 3..6 {
+        assert_eq!(engine.ask(id, &[10], at_most(2)), said([11, 12], Length));
+    }
+}
+
+#[test]
+fn a_panic_that_cannot_be_recovered_from_closes_the_context() {
+    let mut engine = Engine::new(Setup {
+        n_slots: 1,
+        gate: Some(0),
+        plot: at_step(0, Trick::Panic),
+        forget_all_panics: true,
+        ..Setup::default()
+    });
+    engine.submit(1, &[10], greedy());
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &[10], greedy());
+    engine.stage.open();
+    engine.read_to_the_end();
+    assert_eq!(engine.answer(1), failed([], &panicked()));
+    assert_eq!(engine.answer(2), failed([], &unloaded()));
+    let refused = engine.try_submit(3, &[10], greedy()).unwrap_err();
+    assert!(matches!(refused, Error::ModelNotLoaded { .. }), "{refused}");
+    assert_eq!(engine.context.metrics().waiting, 0);
+    engine.context.close();
+}
+
+// ---- leaving ---------------------------------------------------------------------------------
+
+#[test]
+fn closing_tells_everybody_and_then_nothing_more() {
+    let mut engine = Engine::new(Setup { gate: Some(1), ..one_slot() });
+    engine.submit(1, &[10], greedy());
+    engine.stage.wait_for_batch(2);
+    engine.submit(2, &[20], greedy());
+    engine.submit(3, &[30], with_priority(Priority::High));
+    engine.context.abort(2);
+    engine.close(); // the gate stays shut
+    assert_eq!(engine.answer(1), failed([11], &unloaded()));
+    assert_eq!(engine.answer(2), said([], Cancelled));
+    assert_eq!(engine.answer(3), failed([], &unloaded()));
+    assert_eq!(engine.context.next_events(), []);
+    let metrics = engine.context.metrics();
+    assert_eq!((metrics.running, metrics.waiting), (0, 0));
+    assert!(engine.stage.is_dropped());
+
+    engine.context.close();
+    engine.context.abort(1);
+    let refused = engine.try_submit(4, &[10], greedy()).unwrap_err();
+    assert_eq!(refused.to_string(), "the model of this context is not loaded");
+}
+
+#[test]
+fn closing_from_many_threads_at_once_waits_for_the_end_in_each() {
+    let mut engine = Engine::new(one_slot());
+    engine.submit(1, &[10], greedy());
+    engine.stage.wait_for_batch(1);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                engine.context.close();
+                assert!(engine.stage.is_dropped());
+            });
+        }
+    });
+    engine.read_to_the_end();
+    assert_eq!(engine.answer(1), failed([], &unloaded()));
+}
+
+#[test]
+fn dropping_the_context_frees_the_runner() {
+    let interrupt = Interrupt::default();
+    let (runner, stage) = ScriptedRunner::new(one_slot(), interrupt.clone());
+    let context = Context::with_runner(runner, 10, interrupt).unwrap();
+    context.submit(1, Prompt::Tokens(vec![10]), greedy()).unwrap();
+    stage.wait_for_batch(1);
+    drop(context);
+    assert!(stage.is_dropped());
+}
+
+#[test]
+fn a_submit_that_races_with_close_gets_an_error_or_a_last_event() {
+    for _ in 0..200 {
+        let mut engine = Engine::new(Setup::default());
+        let context = engine.context.clone();
+        let submitter = std::thread::spawn(move || {
+            let send = |id| context.submit(id, Prompt::Tokens(vec![10]), greedy());
+            (0..).take_while(|&id| send(id).is_ok()).count() as u64
+        });
+        std::thread::yield_now();
+        engine.close();
+        let accepted = submitter.join().unwrap();
+        assert_eq!(engine.ended.len() as u64, accepted);
+        assert_eq!(engine.context.metrics().waiting, 0);
+    }
+}
+
+// ---- generate --------------------------------------------------------------------------------
+
+fn prompt_of_10() -> Prompt {
+    Prompt::Tokens(vec![10])
+}
+
+#[test]
+fn generate_gives_the_whole_text_and_leaves_the_common_outbox_alone() {
+    let mut engine = Engine::new(Setup::default());
+    let mut pieces = Vec::new();
+    let keep = |piece: &str| {
+        pieces.push(piece.to_owned());
+        true
+    };
+    let text = engine.context.generate(prompt_of_10(), at_most(3), keep, || true).unwrap();
+    assert_eq!((text.as_str(), pieces.concat().as_str()), ("11 12 13 ", "11 12 13 "));
+    engine.ask(1, &[10], at_most(1));
+    assert_eq!(engine.heard(), [1]);
+}
+
+#[test]
+fn generate_stops_where_its_callback_says_so() {
+    let engine = Engine::new(Setup { n_slots: 1, ..Setup::default() });
+    for _ in 0..3 {
+        let stop_at_13 = |piece: &str| piece != "13 ";
+        let text = engine.context.generate(prompt_of_10(), greedy(), stop_at_13, || true);
+        assert_eq!(text.unwrap(), "11 12 13 ");
+    }
+}
+
+#[test]
+fn generate_stops_when_its_caller_is_interrupted_meanwhile() {
+    let engine = Engine::new(one_slot());
+    let stage = engine.stage.clone();
+    let interrupted = || {
+        stage.let_through(1);
+        false
+    };
+    let text = engine.context.generate(prompt_of_10(), greedy(), |_| true, interrupted);
+    assert_eq!(text.unwrap(), "");
+}
+
+#[test]
+fn generate_reports_what_ended_it() {
+    let plot = at_step(1, Trick::Fail);
+    let engine = Engine::new(Setup { plot, ..Setup::default() });
+    let error = engine.context.generate(prompt_of_10(), greedy(), |_| true, || true).unwrap_err();
+    assert_eq!(error.to_string(), "internal error: the script says so");
+}
+
+#[test]
+fn a_callback_may_generate_itself() {
+    let engine = Engine::new(Setup { n_slots: 1, ..Setup::default() });
+    let context = &engine.context;
+    let inner = |_: &str| {
+        let prompt = Prompt::Tokens(vec![20]);
+        context.generate(prompt, at_most(1), |_| true, || true).unwrap() == "21 "
+    };
+    assert_eq!(context.generate(prompt_of_10(), at_most(2), inner, || true).unwrap(), "11 12 ");
+}
+
+#[test]
+fn a_callback_may_close_the_context() {
+    let engine = Engine::new(Setup { gate: Some(1), ..Setup::default() });
+    let context = &engine.context;
+    let close = |_: &str| {
+        context.close();
+        true
+    };
+    let error = context.generate(prompt_of_10(), greedy(), close, || true).unwrap_err();
+    assert_eq!(error.to_string(), unloaded().to_string());
+}
+
+#[test]
+fn a_callback_that_panics_ends_its_request() {
+    let engine = Engine::new(Setup { gate: Some(1), n_slots: 1, ..Setup::default() });
+    let context = &engine.context;
+    let panics = |_: &str| panic!("the script says so");
+    let generate = || context.generate(prompt_of_10(), greedy(), panics, || true);
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(generate)).unwrap_err();
+    engine.stage.open();
+    context.generate(Prompt::Tokens(vec![50]), at_most(1), |_| true, || true).unwrap();
+    assert_eq!(engine.stage.rows_since(0), [(0, 0, 10), (0, 1, 11), (0, 0, 50)]);
+}
+
+// ---- anything at any time --------------------------------------------------------------------
+
+/// What a request would be told if it were alone and nothing went wrong.
+fn reference(prompt: &[i32], config: &GenerationConfig, n_ctx: usize) -> Answer {
+    let most = usize::try_from(config.max_tokens).unwrap_or(usize::MAX).min(n_ctx - prompt.len());
+    let mut history = prompt.to_vec();
+    let generated = |history: &[i32]| history[prompt.len()..].to_vec();
+    while history.len() - prompt.len() < most {
+        let next = hash_all(&history);
+        if next == END {
+            return said(generated(&history), Stop);
+        }
+        history.push(next);
+        let text = text_of(&history[prompt.len()..]);
+        if let Some((stop, at)) = config.stop.iter().find_map(|stop| Some((stop, text.find(stop)?)))
+        {
+            let stop = Some(stop.clone());
+            return Answer { text: text[..at].into(), stop, ..said(generated(&history), Stop) };
+        }
+    }
+    said(generated(&history), Length)
+}
+
+struct Storm {
+    dice: fastrand::Rng,
+    n_ctx: usize,
+    base: Vec<i32>,
+}
+
+impl Storm {
+    fn new(seed: u64) -> Storm {
+        let mut dice = fastrand::Rng::with_seed(seed);
+        let n_ctx = dice.usize(24..64);
+        let base = (0..n_ctx).map(|_| dice.i32(0..60)).collect();
+        Storm { dice, n_ctx, base }
+    }
+
+    fn setup(&mut self) -> Setup {
+        let dice = &mut self.dice;
+        let n_slots = dice.usize(1..5);
+        let mut plot_dice = dice.fork();
+        let is_wild = dice.bool();
+        let plot = move |_: usize, batch: &[_]| match plot_dice.u32(0..400) {
+            _ if !is_wild => Trick::Compute,
+            0..=2 => Trick::Fail,
+            3..=4 => Trick::Panic,
+            5..=12 => Trick::NoRoom,
+            13..=40 => Trick::Abort { after: plot_dice.usize(0..=batch.len()) },
+            _ => Trick::Compute,
+        };
+        Setup {
+            n_ctx: self.n_ctx,
+            n_batch: n_slots + dice.usize(0..40),
+            n_slots,
+            queue_size: dice.usize(3..60),
+            rule: hash_all,
+            cells: self.n_ctx * dice.usize(1..=n_slots),
+            forgets_parts: dice.bool(),
+            gate: None,
+            plot: Box::new(plot),
+            forget_panics: is_wild.then_some(200),
+            forget_all_panics: false,
+        }
+    }
+
+    /// Many share a beginning, some part soon.
+    fn prompt(&mut self) -> Vec<i32> {
+        let shared = self.dice.usize(0..self.n_ctx - 4);
+        let mut prompt = self.base[..shared].to_vec();
+        prompt.extend((0..self.dice.usize(1..4)).map(|_| self.dice.i32(0..60)));
+        prompt
+    }
+
+    fn config(&mut self) -> GenerationConfig {
+        use Priority::{High, Low, Normal};
+        let dice = &mut self.dice;
+        let stop = if dice.u32(0..4) == 0 { vec![format!("{} {}", 3, dice.u32(1..6))] } else { vec![] };
+        let priority = dice.choice([High, Normal, Normal, Low]).unwrap();
+        GenerationConfig { priority, stop, ..at_most(dice.i64(-1..20)) }
+    }
+}
+
+fn weather(seed: u64, num_events: usize, num_failures: &AtomicUsize) {
+    let mut storm = Storm::new(seed);
+    let setup = storm.setup();
+    let n_slots = setup.n_slots;
+    let mut engine = Engine::new(setup);
+    let mut accepted = Vec::new();
+    for id in 0..num_events as u64 {
+        match storm.dice.u32(0..10) {
+            0..7 => {
+                let (prompt, config) = (storm.prompt(), storm.config());
+                match engine.try_submit(id, &prompt, config.clone()) {
+                    Ok(()) => accepted.push((id, prompt, config)),
+                    Err(Error::QueueFull { .. }) => std::thread::yield_now(),
+                    Err(error) => panic!("seed {seed}: {error}"),
+                }
+            }
+            _ => engine.context.abort(storm.dice.u64(0..=id)),
+        }
+        if storm.dice.u32(0..8) == 0 {
+            std::thread::sleep(Duration::from_micros(storm.dice.u64(0..200)));
+        }
+    }
+    for (id, prompt, config) in accepted {
+        let [answer] = engine.answers([id]);
+        let expected = reference(&prompt, &config, storm.n_ctx);
+        match answer.reason {
+            Stop | Length => assert_eq!(answer, expected, "seed {seed}, request {id}"),
+            Cancelled | FinishReason::Error => {
+                num_failures.fetch_add(1, Ordering::Relaxed);
+                let known = &expected.tokens[..answer.tokens.len().min(expected.tokens.len())];
+                assert_eq!(answer.tokens, known, "seed {seed}, request {id}");
+                assert_eq!(answer.text, text_of(known), "seed {seed}, request {id}");
+            }
+        }
+    }
+
+    // Every slot is there, and every one works.
+    engine.stage.calm_down();
+    engine.stage.shut();
+    let first_step = engine.stage.num_batches();
+    let probe = |id: u64| (1 << 20 | id, [id as i32]);
+    let (id, prompt) = probe(0);
+    engine.submit(id, &prompt, at_most(3));
+    engine.stage.wait_for_batch(first_step + 1);
+    for (id, prompt) in (1..n_slots as u64).map(probe) {
+        engine.submit(id, &prompt, at_most(3));
+    }
+    engine.stage.let_through(1);
+    engine.stage.wait_for_batch(first_step + 2);
+    let num_slots = shape(&engine.stage.batches()[first_step + 1]).len();
+    engine.stage.open();
+    for (id, prompt) in (0..n_slots as u64).map(probe) {
+        let expected = reference(&prompt, &at_most(3), storm.n_ctx);
+        assert_eq!(engine.answers([id]), [expected], "seed {seed}");
+    }
+    assert_eq!(num_slots, n_slots, "seed {seed}");
+    assert_eq!(engine.context.metrics().waiting, 0, "seed {seed}");
+    assert_eq!(engine.stage.faults(), [""; 0], "seed {seed}");
+}
+
+#[test]
+fn whatever_comes_nobody_is_lost_and_nobody_hears_wrong_words() {
+    let num_failures = Arc::new(AtomicUsize::new(0));
+    for seed in 0..200 {
+        weather(seed, 100, &num_failures);
+    }
+    // The storm was one.
+    assert!(num_failures.load(Ordering::Relaxed) > 500, "{num_failures:?}");
+}

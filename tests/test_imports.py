@@ -1,0 +1,40 @@
+"""Who may import whom, so that the house keeps its floors."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tabagent_model
+
+MAY_IMPORT = {
+    "errors": set(),
+    "results": set(),
+    "params": {"errors"},
+    "_native": {"_core", "errors"},
+    "_log": {"_core"},
+    "_courier": {"errors"},
+    "stream": {"_courier", "errors", "results"},
+    "model": {"_core", "_courier", "_log", "_native", "errors", "params", "results", "stream"},
+    "testing": {"errors", "params"},
+}
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_module_imports_only_from_the_floors_below(name: str):
+    text = (Path(tabagent_model.__file__).parent / f"{name}.py").read_text()
+    found = set(re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE))
+    for line in re.findall(r"^\s*from \. import (.+)", text, re.MULTILINE):
+        found |= {part.split()[0] for part in line.split(",")}
+    assert found <= MAY_IMPORT[name]
+
+
+def test_importing_takes_nothing_along_that_is_not_needed_yet():
+    heavy = ["asyncio", "concurrent.futures", "difflib", "json", "numpy", "subprocess"]
+    program = f"import sys, tabagent_model; print([m for m in {heavy} if m in sys.modules])"
+    # -I: without the startup files of the environment, which may import anything.
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
