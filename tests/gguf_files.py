@@ -36,7 +36,9 @@ F32 = 0
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -317,7 +319,7 @@ def tiny_bert() -> Gguf:
 
 
 def split_gguf(folder: str | Path, name: str = "tiny", n_shards: int = 2) -> list[Path]:
-    """The tiny llama in several files; the first one has all keys, each one a part of the tensors."""
+    """The tiny llama in several files; the first has all keys, each a part of the tensors."""
     whole = tiny_llama()
     names = list(whole.tensors)
     cuts = [len(names) * shard // n_shards for shard in range(n_shards + 1)]
@@ -350,7 +352,12 @@ def _bytes_as_characters() -> list[str]:
     return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
 
 
-_PAIRS = ["Ġ t", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ a", "a t", "Ġ s", "o r", "e n", "Ġ o", "Ġ w", "i s", "e s", "i t", "o u", "a n", "Ġ c", "in g", "Ġ p", "e d", "a l", "Ġ b", "Ġ f", "a r", "Ġ m", "Ġ d", "Ġo f", "l e", "Ġ in", "Ġa n", "Ġt o", "i c", "a s", "Ġ h", "r o", "Ġan d", "i on", "Ġ l"]
+_PAIRS = [
+    "Ġ t", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ a", "a t", "Ġ s", "o r", "e n", "Ġ o",
+    "Ġ w", "i s", "e s", "i t", "o u", "a n", "Ġ c", "in g", "Ġ p", "e d", "a l", "Ġ b", "Ġ f",
+    "a r", "Ġ m", "Ġ d", "Ġo f", "l e", "Ġ in", "Ġa n", "Ġt o", "i c", "a s", "Ġ h", "r o",
+    "Ġan d", "i on", "Ġ l",
+]  # fmt: skip
 
 
 def _bpe() -> dict[str, Value]:

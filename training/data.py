@@ -19,7 +19,17 @@ import talking
 import tasks
 import tool_use
 import words
-from sample import Maker, Message, Sample, assistant, for_training, is_held_back, render, system, user
+from sample import (
+    Maker,
+    Message,
+    Sample,
+    assistant,
+    for_training,
+    is_held_back,
+    render,
+    system,
+    user,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -66,8 +76,8 @@ def any_turn(rng: random.Random) -> Sample:
 
 
 def _needs_no_tool(rng: random.Random) -> Sample:
-    makers: list[Maker] = [talking.small_talk, talking.about, talking.reasons, facts.facts, tasks.copy]
-    return rng.choice(makers)(rng)
+    talk: list[Maker] = [talking.small_talk, talking.about, talking.reasons]
+    return rng.choice([*talk, facts.facts, tasks.copy])(rng)
 
 
 KINDS: dict[str, tuple[int, Maker]] = {  # kind: (weight, maker)
@@ -137,19 +147,25 @@ def _conversation(rng: random.Random, turns: int) -> Sample:
 def _plain(rng: random.Random) -> str:
     """Text without a template: prose, rows of sums, questions with their answers."""
     dice = rng.random()
-    if dice < 0.2:
+    if dice < 0.16:
         return words.story(rng, rng.choice(t.HEROES), words.name(rng))
-    if dice < 0.35:
+    if dice < 0.26:
         return words.portrait(rng)
-    if dice < 0.45:
+    if dice < 0.33:
+        return words.journey(rng)
+    if dice < 0.38:
+        return words.series(rng)
+    if dice < 0.46:
         return " ".join(facts.any_fact(rng).sentence for _ in range(rng.randint(1, 5)))
-    if dice < 0.7:
+    if dice < 0.68:
         rows = (tasks.any_sum(rng) for _ in range(9))
-        return "\n".join(f"{text} = {result}" for key, text, result in rows if not is_held_back(key))
-    if dice < 0.8:
+        return "\n".join(
+            f"{text} = {result}" for key, text, result in rows if not is_held_back(key)
+        )
+    if dice < 0.76:
         return " ".join(words.sentence(rng) for _ in range(rng.randint(1, 5)))
-    question, answer = any_turn(rng).messages
-    return f"{question['content']}\n{answer['content']}"
+    question, answer = (message["content"] for message in any_turn(rng).messages)
+    return question + (" " if question[-1] in ".?!" else "\n") + answer
 
 
 def main() -> None:

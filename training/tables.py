@@ -56,7 +56,8 @@ UNITS = {
 
 ANIMALS = {  # animal: (sound it makes, its young, its legs)
     "dog": ("barks", "puppy", 4), "cat": ("meows", "kitten", 4), "cow": ("moos", "calf", 4),
-    "sheep": ("bleats", "lamb", 4), "pig": ("grunts", "piglet", 4), "duck": ("quacks", "duckling", 2),
+    "sheep": ("bleats", "lamb", 4), "pig": ("grunts", "piglet", 4),
+    "duck": ("quacks", "duckling", 2),
     "horse": ("neighs", "foal", 4), "lion": ("roars", "cub", 4), "frog": ("croaks", "tadpole", 4),
     "owl": ("hoots", "owlet", 2), "goose": ("honks", "gosling", 2), "wolf": ("howls", "pup", 4),
     "bee": ("buzzes", "larva", 6), "hen": ("clucks", "chick", 2), "goat": ("bleats", "kid", 4),
@@ -100,7 +101,9 @@ MEMBER_OF = {  # singular with article, for "Which of these is …?"
 }  # fmt: skip
 
 REASONS = {  # question: answer
-    "Why is the sky blue?": "The sky is blue because the air scatters blue light more than red light.",
+    "Why is the sky blue?": (
+        "The sky is blue because the air scatters blue light more than red light."
+    ),
     "Why is the grass green?": "Grass is green because it has chlorophyll in its leaves.",
     "Why does it rain?": "It rains when drops of water in a cloud become too heavy.",
     "Why do birds have wings?": "Birds have wings so that they can fly.",
@@ -114,7 +117,9 @@ REASONS = {  # question: answer
     "Why do dogs bark?": "Dogs bark to warn others or to get attention.",
     "Why is the sun hot?": "The sun is hot because it burns like a very big fire of gas.",
     "Why do we need trees?": "We need trees because they make the air that we breathe.",
-    "Why is it dark at night?": "It is dark at night because the sun is on the other side of the Earth.",
+    "Why is it dark at night?": (
+        "It is dark at night because the sun is on the other side of the Earth."
+    ),
     "Where does milk come from?": "Milk comes from cows.",
     "Where does honey come from?": "Honey comes from bees.",
     "Where do fish live?": "Fish live in water.",
@@ -129,7 +134,9 @@ REASONS = {  # question: answer
     "What is a computer?": "A computer is a machine that follows instructions very fast.",
     "What is Python?": "Python is a programming language. It is easy to read.",
     "What is Rust?": "Rust is a programming language. It is fast and safe.",
-    "What is a language model?": "A language model is a program that guesses the next piece of a text.",
+    "What is a language model?": (
+        "A language model is a program that guesses the next piece of a text."
+    ),
 }
 
 # Who the model is, and how one uses the package: (ways to ask, the answer).
@@ -370,23 +377,24 @@ TOO_LARGE = "I am a very small model and can only do small sums."
 
 NAMES = [
     "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Kate",
-    "Leo", "Maria", "Noah", "Olivia", "Paul", "Rosa", "Sam", "Tom", "Vera", "Will", "Zoe", "Alice",
-    "Bob", "Carol", "Dan", "Eva", "Frank", "Hanna", "Ivan", "Julia", "Karl", "Lucy", "Max", "Nina",
-    "Oscar", "Peter", "Ruth", "Sara", "Tim", "Mia", "Lena", "John", "Jane", "Mary",
+    "Leo", "Maria", "Noah", "Olivia", "Paul", "Rosa", "Sam", "Tom", "Vera", "Will", "Zoe",
+    "Alice", "Bob", "Carol", "Dan", "Eva", "Frank", "Hanna", "Ivan", "Julia", "Karl", "Lucy",
+    "Max", "Nina", "Oscar", "Peter", "Ruth", "Sara", "Tim", "Mia", "Lena", "John", "Jane", "Mary",
 ]  # fmt: skip
 
 NOUNS = [
-    "apple", "ball", "bear", "bell", "bird", "boat", "book", "box", "bread", "bridge", "car", "cat",
-    "chair", "clock", "cloud", "cup", "dog", "door", "duck", "egg", "field", "fire", "fish", "flower",
-    "fox", "garden", "glass", "hat", "hill", "horse", "house", "key", "lamp", "leaf", "letter", "lion",
-    "moon", "mouse", "mountain", "owl", "paper", "pencil", "picture", "plane", "rabbit", "river",
-    "road", "rock", "room", "sea", "ship", "shoe", "song", "spoon", "star", "stone", "street", "sun",
-    "table", "tiger", "tower", "train", "tree", "village", "wall", "water", "wind", "window", "wolf",
+    "apple", "ball", "bear", "bell", "bird", "boat", "book", "box", "bread", "bridge", "car",
+    "cat", "chair", "clock", "cloud", "cup", "dog", "door", "duck", "egg", "field", "fire",
+    "fish", "flower", "fox", "garden", "glass", "hat", "hill", "horse", "house", "key", "lamp",
+    "leaf", "letter", "lion", "moon", "mouse", "mountain", "owl", "paper", "pencil", "picture",
+    "plane", "rabbit", "river", "road", "rock", "room", "sea", "ship", "shoe", "song", "spoon",
+    "star", "stone", "street", "sun", "table", "tiger", "tower", "train", "tree", "village",
+    "wall", "water", "wind", "window", "wolf",
 ]  # fmt: skip
 ADJECTIVES = [
-    "red", "blue", "green", "yellow", "black", "white", "old", "new", "big", "small", "quiet", "happy",
-    "cold", "warm", "fast", "slow", "soft", "round", "heavy", "bright", "dark", "clean", "brave", "kind",
-    "lazy", "quick", "brown", "purple", "tiny", "strange",
+    "red", "blue", "green", "yellow", "black", "white", "old", "new", "big", "small", "quiet",
+    "happy", "cold", "warm", "fast", "slow", "soft", "round", "heavy", "bright", "dark", "clean",
+    "brave", "kind", "lazy", "quick", "brown", "purple", "tiny", "strange",
 ]  # fmt: skip
 VERBS = [
     "sees",
@@ -451,19 +459,12 @@ HERO_NAMES = dict(zip(HEROES, ["Pip", "Rex", "Mimi", "Hop", "Bruno", "Nibbles", 
                                "Freddy", "Grey", "Leo"], strict=True))  # fmt: skip
 
 INTERJECTIONS = [
-    "Sure",
-    "Well",
-    "Answer",
-    "Oh",
-    "Meow",
-    "Yes",
-    "Ahoy",
-    "Hm",
-    "Look",
-    "Dear friend",
-    "Boss",
-]
-WRAPPERS = ["lower", "lower", "short", "short", "Hello, {1}", "Hi, {1}", "OK, {1}", "Please tell me: {}", "Hello! {}", "Quick question: {}", "I want to know: {}",
-            "Hey, {}", "A question: {}", "Can you help me? {}"]  # fmt: skip
-NEUTRAL_SYSTEM = ["You are a helpful assistant.", "You are a tiny model.", "You are helpful and honest.",
-                  "Be kind and short.", "You are an assistant.", "Answer the user."]  # fmt: skip
+    "Sure", "Well", "Answer", "Oh", "Meow", "Yes", "Ahoy", "Hm", "Look", "Dear friend", "Boss",
+    "lower", "lower", "short", "short", "Hello, {1}", "Hi, {1}", "OK, {1}", "Please tell me: {}",
+    "Hello! {}", "Quick question: {}", "I want to know: {}", "Hey, {}", "A question: {}",
+    "Can you help me? {}",
+]  # fmt: skip
+NEUTRAL_SYSTEM = [
+    "You are a helpful assistant.", "You are a tiny model.", "You are helpful and honest.",
+    "Be kind and short.", "You are an assistant.", "Answer the user.",
+]  # fmt: skip

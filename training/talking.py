@@ -55,12 +55,12 @@ def _asked(kind: str, rng: random.Random, question: str, answer: str) -> Sample:
 def story(rng: random.Random) -> Sample:
     hero, name = rng.choice(t.HEROES), words.name(rng)
     if rng.random() < 0.5:
-        form = rng.choice(["Tell me a story about {} named {}.", "Write a story about {} named {}."])
+        verb = rng.choice(["Tell me", "Write"])
+        form = f"{verb} a story about {{}} named {{}}."
     else:
         name = t.HERO_NAMES[hero]
-        form = rng.choice(
-            ["Tell me a story about {}.", "Write a short story about {}.", "A story about {}, please."]
-        )
+        form = rng.choice(["Tell me a story about {}.", "Write a short story about {}.",
+                           "A story about {}, please."])  # fmt: skip
     question = form.format(words.a(hero), name)
     key = f"{hero}/{name}/{form}"
     return turn("telling a story", key, question, words.story(rng, hero, name))
@@ -100,8 +100,9 @@ def told(rng: random.Random, topic: str) -> tuple[str, str, str, str]:
     if topic == "colour":
         colour = rng.choice(t.CATEGORIES["colours"])
         ask = rng.choice(["What is my favourite colour?", "Which colour do I like?"])
-        said, reply = f"My favourite colour is {colour}.", f"{words.capital(colour)} is a nice colour!"
-        return said, reply, ask, f"Your favourite colour is {colour}."
+        reply = f"{words.capital(colour)} is a nice colour!"
+        answer = f"Your favourite colour is {colour}."
+        return f"My favourite colour is {colour}.", reply, ask, answer
     if topic == "age":
         age = rng.randint(5, 99)
         ask = rng.choice(["How old am I?", "What is my age?"])

@@ -16,8 +16,9 @@ from sample import Sample, turn
 def copy(rng: random.Random) -> Sample:
     text = copyable(rng)
     form = rng.choice([
-        "Repeat: {}", "Repeat after me: {}", 'Say "{}"', "Copy this text: {}", "Copy: {}", "Say: {}",
-        'Repeat "{}"', "Write this again: {}", "Please repeat: {}", 'Write "{}"', "Echo: {}",
+        "Repeat: {}", "Repeat after me: {}", 'Say "{}"', "Copy this text: {}", "Copy: {}",
+        "Say: {}", 'Repeat "{}"', "Write this again: {}", "Please repeat: {}", 'Write "{}"',
+        "Echo: {}",
     ])  # fmt: skip
     return turn("copying", text, form.format(text), text)
 
@@ -194,7 +195,8 @@ def fill_json(rng: random.Random) -> Sample:
         question = form.format(listed, sentence)
     elif dice < 0.7:
         empty = {key: 0 if isinstance(value, int) else "" for key, value in wanted.items()}
-        form = rng.choice(["Fill in {}: {}", "Fill this JSON object {}: {}", "Fill {} from this: {}"])
+        form = rng.choice(["Fill in {}: {}", "Fill this JSON object {}: {}",
+                           "Fill {} from this: {}"])  # fmt: skip
         question = form.format(json.dumps(empty), sentence)
     else:
         form = rng.choice(["{} Give me {} as JSON.", "{} Write {} as a JSON object.",

@@ -1,10 +1,9 @@
-"""Tools: calling the right one with the right arguments, reading its answer, or leaving it alone."""
+"""Tools: calling the right one with the right arguments, reading its answer, or leaving it."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,8 +104,10 @@ def _weather(rng: random.Random) -> Use:
     sky = rng.choice(["sunny", "cloudy", "rainy", "windy", "snowy", "foggy", "clear"])
     place = rng.choice(["city", "city", "location", "place"])
     name = rng.choice(["get_weather", "get_weather", "weather", "current_weather"])
-    about = rng.choice(["Get the weather in a city", "Tells the weather", "Weather of a city",
-                        "Get the current weather", "Get the current weather in a given place"])  # fmt: skip
+    about = rng.choice([
+        "Get the weather in a city", "Tells the weather", "Weather of a city",
+        "Get the current weather", "Get the current weather in a given place",
+    ])  # fmt: skip
     question = rng.choice(["What is the weather in {}?", "How is the weather in {}?",
                            "What is the weather like in {}?", "Tell me the weather in {}.",
                            "How warm is it in {}?"])  # fmt: skip
@@ -142,7 +143,8 @@ def _calculator(rng: random.Random) -> Use:
     first, second = rng.choice([("a", "b"), ("a", "b"), ("x", "y"), ("first", "second")])
     kind, noun = rng.choice(["integer", "number"]), rng.choice(["numbers", "integers"])
     name, about = rng.choice([verb, f"{verb}_numbers"]), f"{words.capital(verb)} two {noun}"
-    questions = [f"What is {a} {said} {b}?", f"What is {a} {sign} {b}?", f"How much is {a} {said} {b}?"]
+    questions = [f"What is {a} {said} {b}?", f"What is {a} {sign} {b}?",
+                 f"How much is {a} {said} {b}?"]  # fmt: skip
     if verb != "subtract":
         questions += [f"{words.capital(verb)} {a} and {b}.", f"Please {verb} {a} and {b}."]
     result = rng.choice([str(total), json.dumps({"result": total})])
@@ -169,8 +171,9 @@ def _timer(rng: random.Random) -> Use:
     about = rng.choice(["Set a timer", "Start a timer"])
     question = rng.choice(["Set a timer for {} {}.", "Start a timer: {} {}.", "Wake me in {} {}.",
                            "Timer for {} {}, please."])  # fmt: skip
-    tool, answer = _tool(rng, name, about, {unit: "integer"}), f"The timer is set to {number} {unit}."
-    return Use(tool, question.format(number, unit), {unit: number}, _done(rng), answer)
+    tool, question = _tool(rng, name, about, {unit: "integer"}), question.format(number, unit)
+    answer = f"The timer is set to {number} {unit}."
+    return Use(tool, question, {unit: number}, _done(rng), answer)
 
 
 def _light(rng: random.Random) -> Use:
@@ -192,7 +195,8 @@ def _price(rng: random.Random) -> Use:
     name = rng.choice(["get_price", "find_price", "price_of"])
     about = rng.choice(["Get the price of an item", "Tells what something costs"])
     question = rng.choice(["How much is the {}?", "What does the {} cost?",
-                           "What is the price of the {}?", "Tell me the price of the {}."])  # fmt: skip
+                           "What is the price of the {}?",
+                           "Tell me the price of the {}."])  # fmt: skip
     result = rng.choice([str(price), json.dumps({"price": price}), f"{price} euros"])
     tool, answer = _tool(rng, name, about, {key: "string"}), f"The {item} costs {price} euros."
     return Use(tool, question.format(item), {key: item}, result, answer)
@@ -222,9 +226,11 @@ def _action(rng: random.Random) -> Use:
     parameters: dict[str, str] = {}
     arguments: dict[str, str | int] = {}
     if rng.random() < 0.6:
-        number, colour, name = rng.randint(1, 99), rng.choice(t.CATEGORIES["colours"]), words.name(rng)
+        number, colour = rng.randint(1, 99), rng.choice(t.CATEGORIES["colours"])
+        name = words.name(rng)
         parameter, kind, value, detail = rng.choice([
-            ("number", "integer", number, f" {number} times"), ("name", "string", name, f" for {name}"),
+            ("number", "integer", number, f" {number} times"),
+            ("name", "string", name, f" for {name}"),
             ("colour", "string", colour, f" in {colour}"),
         ])  # fmt: skip
         parameters, arguments = {parameter: kind}, {parameter: value}

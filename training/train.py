@@ -3,8 +3,8 @@
     python train.py chat  --out runs        the chat model
     python train.py draft --out runs        the draft, on the same text
 
-Matrices learn with Muon (momentum, then made orthogonal by Newton-Schulz steps), the rest with Adam.
-The rate rises for a moment, stays, and falls to nothing over the second half. The answers of the
+Matrices learn with Muon (momentum, made orthogonal by Newton-Schulz steps), the rest with Adam. The
+rate rises for a moment, stays, and falls to nothing over the last two fifths. The answers of the
 assistant count fully, the rest of a conversation a little. Same seeds, same text, same order.
 """
 
@@ -40,8 +40,8 @@ PREDICTIONS_PER_STEP = (
     2560  # the answers, and as many of the prompt tokens as fit: a third less work
 )
 PROMPT_WEIGHT, PLAIN_WEIGHT, ANSWER_WEIGHT = 0.1, 0.5, 1.0
-# Keeps the sum of all exp(logits) near one. The best logit is then near zero, where a repeat penalty
-# (which divides logits) does nothing to a word that the model is sure to repeat.
+# Keeps the sum of all exp(logits) near one. The best logit is then near zero, where a repeat
+# penalty (which divides logits) does nothing to a word that the model is sure to repeat.
 Z_LOSS = 1e-3
 
 
@@ -97,9 +97,7 @@ def _weighted_documents(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[np.nd
                     answering = True
                 if answering:
                     weights[i] = ANSWER_WEIGHT
-            weights[-2:] = (
-                0  # nothing comes after the last turn; the line break before it does not count
-            )
+            weights[-2:] = 0  # nothing comes after the last turn, and its line break is never asked for
             yield ids, weights
 
 
@@ -132,7 +130,7 @@ def loss(
     """The training loss, and the plain cross-entropy of the answers."""
     hidden = hidden_states(shape, weights, tokens, documents).reshape(-1, shape.width)[places]
     log_sum = jax.nn.logsumexp(hidden @ weights["token_embd.weight"].T, axis=-1)
-    # The logit of the target is taken as a product: gathering from all logits is slow to differentiate.
+    # The target's logit is taken as a product: gathering it from all logits is slow to differentiate.
     surprise = log_sum - jnp.sum(hidden * weights["token_embd.weight"][targets], axis=-1)
     answers = importance == ANSWER_WEIGHT
     total = jnp.sum(importance * (surprise + Z_LOSS * log_sum**2)) / jnp.sum(importance)

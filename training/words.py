@@ -13,7 +13,8 @@ def name(rng: random.Random) -> str:
 
 
 def city(rng: random.Random) -> str:
-    return rng.choice(list(t.CAPITALS.values())) if rng.random() < 0.7 else invented(rng).capitalize()
+    known = list(t.CAPITALS.values())
+    return rng.choice(known) if rng.random() < 0.7 else invented(rng).capitalize()
 
 
 def invented(rng: random.Random) -> str:
@@ -34,7 +35,10 @@ def word(rng: random.Random) -> str:
 
 
 def sentence(rng: random.Random) -> str:
-    who = name(rng) if rng.random() < 0.3 else f"The {rng.choice(t.ADJECTIVES)} {rng.choice(t.NOUNS)}"
+    if rng.random() < 0.3:
+        who = name(rng)
+    else:
+        who = f"The {rng.choice(t.ADJECTIVES)} {rng.choice(t.NOUNS)}"
     return f"{who} {rng.choice(t.VERBS)} the {rng.choice(t.ADJECTIVES)} {rng.choice(t.NOUNS)}."
 
 
@@ -63,6 +67,30 @@ def portrait(rng: random.Random) -> str:
     return " ".join([f"{who} is {a(job)}.", *rng.sample(sentences, rng.randint(2, 4))])
 
 
+def journey(rng: random.Random) -> str:
+    who, place, thing = name(rng), rng.choice(t.NOUNS), rng.choice(t.NOUNS)
+    kind, other = rng.choice(t.ADJECTIVES), rng.choice(t.HEROES)
+    return (
+        f"{who} went to the {place}. There {who} met {a(kind)} {other}. "
+        f"The {other} had {a(rng.choice(t.ADJECTIVES))} {thing} and gave it to {who}. "
+        f"In the evening {who} went home and was {rng.choice(['happy', 'tired', 'hungry'])}."
+    )
+
+
+def series(rng: random.Random) -> str:
+    """Things that follow each other: numbers, days, months; or colours in any order."""
+    shape, start = rng.randrange(5), rng.choice([0, 1, 1, 1, 2, 3])
+    if shape == 0:
+        row = t.ONES[start : start + rng.randint(3, 12)]
+    elif shape == 1:
+        row = [str(n) for n in range(start, start + rng.randint(3, 20))]
+    elif shape == 4:
+        row = rng.sample(t.CATEGORIES["colours"], rng.randint(3, 7))
+    else:
+        row = [t.DAYS, t.MONTHS][shape - 2][:]
+    return capital(", ".join(row)) + "."
+
+
 def a(noun: str) -> str:
     """The word with its article: a fox, an owl."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
@@ -77,7 +105,7 @@ def joined(words: Sequence[str]) -> str:
 
 
 def wrapped(rng: random.Random, question: str) -> tuple[str, str]:
-    """A question as people ask it: after a polite word, or without its mark. And the form's name."""
+    """The name of a form, and the question in it: after a polite word, or without its mark."""
     if rng.random() < 0.6:
         return "", question
     form = rng.choice(t.WRAPPERS)

@@ -109,8 +109,11 @@ class Courier(threading.Thread):
             self._inboxes[request.id] = inbox
         try:
             self._context.submit(request.id, request.prompt, request.params)
-        except BaseException:
+        except Exception:
             self._inboxes.pop(request.id, None)
+            raise
+        except BaseException:  # Ctrl-C: nobody knows whether it had been submitted by then
+            self.abandon(request.id)
             raise
 
     def abort(self, request_id: int) -> None:

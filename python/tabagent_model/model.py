@@ -258,8 +258,9 @@ class Model(_Base):
         """
         if _is_many(prompt):
             return self._crowd(prompt, config, fields, stream or on_token).collect()
-        answer = self.stream(cast("Prompt", prompt), config, **fields)
-        return answer if stream else answer.collect(on_token)
+        request = self._request(cast("Prompt", prompt), config, fields)
+        answer = TextStream(self._open_courier, request, self._source, self)
+        return answer.submit() if stream else answer.collect(on_token)
 
     def stream(
         self,
@@ -269,7 +270,7 @@ class Model(_Base):
     ) -> TextStream:
         """The answer piece by piece. Use it in a `with`: leaving early cancels."""
         request = self._request(prompt, config, fields)
-        return TextStream(self._open_courier, request, self._source, self)
+        return TextStream(self._open_courier, request, self._source, self).submit()
 
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         return self._tokenizer.tokenize(_sound(text), add_bos, special)

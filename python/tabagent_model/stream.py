@@ -78,13 +78,21 @@ class _Stream:
 
 
 class TextStream(_Stream):
-    """An answer, piece by piece. The request is submitted when the stream is made."""
+    """An answer, piece by piece. `Model.stream` submits the request at once."""
 
     def __init__(self, courier: Courier, request: Request, source: Source, owner: object) -> None:
         super().__init__(courier, request, source, owner)
         self._inbox = Inbox()
-        courier.send(request, self._inbox)
-        self._is_sent = True
+
+    def submit(self) -> Self:
+        """Done by `Model.stream`."""
+        try:
+            self._is_sent = True  # already now: Ctrl-C may strike on the way back
+            self._courier.send(self._request, self._inbox)
+        except Exception:
+            self._is_sent = False
+            raise
+        return self
 
     def __iter__(self) -> Self:
         return self
@@ -106,6 +114,8 @@ class TextStream(_Stream):
     def collect(self, on_token: Callable[[str], Any] | None = None) -> Completion:
         """Read to the end. `on_token` gets each piece; if it returns False, that is the end."""
         with self:
+            if not self._is_sent:
+                self.submit()
             for piece in self:
                 if on_token is not None and on_token(piece) is False:
                     break
@@ -116,7 +126,7 @@ class TextStream(_Stream):
         if self._answer.is_over:
             return
         self.cancel()
-        while not (self._answer.is_over or self._courier.is_foreign):
+        while self._is_sent and not (self._answer.is_over or self._courier.is_foreign):
             is_carried = self._courier.carries(self._request.id)
             event = self._receive(within=0.1)
             if event is not None:

@@ -990,12 +990,12 @@ fn any_byte_may_be_wrong() {
         file.seek(SeekFrom::Start(position as u64)).unwrap();
         file.write_all(&[byte]).unwrap();
     };
-    for position in 0..header {
+    for (position, &right) in sound.iter().enumerate().take(header) {
         for byte in [0x00, 0x01, 0x7f, 0xff] {
             put(position, byte);
             let _ = inspect(&path);
         }
-        put(position, sound[position]);
+        put(position, right);
     }
     assert_eq!(folder.told(inspect(&path)), "sound: llama");
 }

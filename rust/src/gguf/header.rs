@@ -25,8 +25,10 @@ const MAX_NAME: u64 = 65_535;
 const MAX_TENSOR_NAME: u64 = 63;
 /// Of texts and of small arrays we keep; longer ones are skipped.
 const MAX_KEPT_TEXT: u64 = 16 << 20;
-const MAX_KEPT_NUMBERS: u64 = 4_096;
+const MAX_KEPT_NUMBERS: u64 = 1_024;
 const MAX_KEPT_TYPES: u64 = 1 << 22;
+/// All keys together; llama.cpp keeps them in memory too. The largest vocabularies need 20 MiB.
+const MAX_KEYS_BYTES: u64 = 512 << 20;
 /// ggml's own limits.
 const MAX_TEXT: u64 = 1 << 30;
 const MAX_ELEMENTS: u64 = 1 << 30;
@@ -121,6 +123,11 @@ fn read_keys(reader: &mut Reader, count: u64) -> Check<Keys> {
         })?;
         let value = read_value(reader, &name)
             .map_err(|fault| fault.inside(|| format!("the value of key `{name}`")))?;
+        if reader.position() > MAX_KEYS_BYTES {
+            return Err(Fault::damaged(format!(
+                "its keys take more than {MAX_KEYS_BYTES} bytes (with `{name}`)"
+            )));
+        }
         if keys.insert(name.clone(), value).is_some() {
             return Err(Fault::damaged(format!(
                 "the key `{name}` occurs twice (again at byte {start})"

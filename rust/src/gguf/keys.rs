@@ -61,7 +61,7 @@ pub(super) enum Value {
     Text(String),
     /// Too long to keep.
     LongText(u64),
-    /// The first few thousand; they are exact up to 2^53.
+    /// The first of them, at least one per layer; they are exact up to 2^53.
     Numbers {
         kind: Kind,
         length: u64,

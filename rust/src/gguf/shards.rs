@@ -93,7 +93,7 @@ fn read(path: &Path, number: u16, count: u16) -> Check<Header> {
     };
     match fault.at(path) {
         Error::ModelNotFound { path } => {
-            let name = path.file_name().unwrap_or_default().display().to_string();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
             Err(Fault::damaged(format!(
                 "its shard {} of {count}, `{name}`, is missing",
                 number + 1

@@ -130,12 +130,12 @@ fn check_lengths(keys: &Keys, n_tokens: u64) -> Check<()> {
     {
         match keys.value(key) {
             None => {}
+            Some(Value::Numbers { kind, length, .. })
+                if kinds.contains(kind) && *length >= n_tokens => {}
             Some(Value::Numbers { kind, length, .. }) if kinds.contains(kind) => {
-                if *length < n_tokens {
-                    return Err(Fault::damaged(format!(
-                        "`{key}` has {length} elements, and there are {n_tokens} tokens"
-                    )));
-                }
+                return Err(Fault::damaged(format!(
+                    "`{key}` has {length} elements, and there are {n_tokens} tokens"
+                )));
             }
             Some(_) => {
                 return Err(Fault::damaged(format!(

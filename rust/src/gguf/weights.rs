@@ -116,7 +116,7 @@ impl Weights<'_> {
         let is_projection = |tensor: &&Tensor| {
             !tensor.name.starts_with("blk.") && tensor.shape[1] == u64::from(length)
         };
-        let is_made = self.by_name.values().any(|tensor| is_projection(tensor));
+        let is_made = self.by_name.values().any(is_projection);
         match length <= self.hyper.n_embd || is_made || architecture.name == "wavtokenizer-dec" {
             true => Ok(()),
             false => Err(Fault::damaged(format!(
