@@ -99,7 +99,7 @@ class Tensor:
 
 @dataclasses.dataclass
 class Gguf:
-    """A file in parts. `keys` and `tensors` are lists of pairs in disguise: see `repeated`."""
+    """A file in parts. `repeated` names keys and tensors that are written a second time."""
 
     keys: dict[str, Value] = dataclasses.field(default_factory=dict)
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)

@@ -428,7 +428,7 @@ async def test_garbage_leaves_no_complaints(
 ):
     model = AsyncModel(context)
     stream = model.stream("x")
-    await anext(stream)
+    context.pause()
     waiting = stream.__anext__()
     waiting.send(None)  # somewhere inside, and never driven on
     waiting.close()

@@ -3,8 +3,8 @@
     python evaluate.py ../python/tabagent_model/assets/tiny-chat.gguf
     python evaluate.py tiny-chat.gguf --sampling default --show-errors
 
-An answer is right when it is the expected text to the letter and the model ended its turn. (A story is
-right when it follows the story grammar, and is about the animal with the name that was asked for.)
+An answer is right when it is the expected text to the letter, and the model ended its turn. A story
+is right when it follows the story grammar and is about the animal and the name that were asked for.
 The forward pass is our own, over the weights in the file; `--engine package` asks the installed
 `tabagent_model` instead.
 """
@@ -37,7 +37,7 @@ ENDED = "<ended>"  # stands after an answer that the model ended itself
 
 @dataclass(frozen=True)
 class Sampling:
-    """The package's defaults; a temperature of 0 takes the best token."""
+    """How the next token is chosen; without arguments as the package does it."""
 
     temperature: float = 0.7
     top_k: int = 40
@@ -59,6 +59,9 @@ class Sampling:
         kept = np.searchsorted(np.cumsum(share), self.top_p) + 1
         share = np.exp((logits[best[:kept]] - logits[best[0]]) / self.temperature)
         return int(rng.choice(best[:kept], p=share / share.sum()))
+
+
+SAMPLINGS = {"greedy": Sampling(temperature=0, repeat_penalty=1.0), "default": Sampling()}
 
 
 class GgufModel:
@@ -148,42 +151,46 @@ def _tokenizer(reader: GGUFReader) -> Tokenizer:
     return tokenizer
 
 
-def package_answers(path: Path, samples: list[Sample], sampling: Sampling, seed: int) -> list[str]:
+def package_answers(path: Path, prompts: list[str], sampling: Sampling, seed: int) -> list[str]:
     """The same questions through llama.cpp, as a user of the package asks them."""
     from tabagent_model import Model
 
-    answers = []
     with Model.load(str(path), n_ctx=2048) as model:
-        for sample in samples:
-            completion = model.generate(
-                render(sample, generation_prompt=True),
-                max_tokens=MAX_NEW_TOKENS,
-                temperature=sampling.temperature,
-                repeat_penalty=sampling.repeat_penalty if sampling.temperature else 1.0,
-                seed=seed,
-            )
-            answers.append(str(completion) + ENDED)
-    return answers
+        completions = model.generate(
+            [model.tokenize(prompt, add_bos=False, special=True) for prompt in prompts],
+            max_tokens=MAX_NEW_TOKENS,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            repeat_penalty=sampling.repeat_penalty,
+            seed=seed,
+        )
+    return [c.text + (ENDED if c.finish_reason == "stop" else "") for c in completions]
+
+
+STORY = re.compile(
+    r"Once upon a time there was an? \w+ (?P<hero>\w+) named (?P<name>\w+)\. "
+    r"(?P=name) lived in an? (?P<place>[\w ]+)\. "
+    r"One day (?P=name) wanted to find (?P<wish>[\w ]+)\. "
+    r"(?P=name) asked an? \w+ \w+ for help\. They looked everywhere\. "
+    r"At last they found (?P=wish) (?P<where>[\w ]+)\. (?P=name) was very happy\."
+)
 
 
 def is_right(sample: Sample, answer: str) -> bool:
-    expected = render(sample)[len(render(sample, generation_prompt=True)) :].removesuffix(
-        "<|im_end|>\n"
-    )
-    if sample.kind == "telling a story":
-        return bool(re.fullmatch(_story_pattern(expected), answer))
-    return answer == expected + ENDED
-
-
-def _story_pattern(expected: str) -> str:
-    hero, name = re.match(
-        r"Once upon a time there was an? \w+ (\w+) named (\w+)\.", expected
-    ).groups()
-    places, wishes = "|".join(tables.PLACES), "|".join(f"{a} {b}" for a, b in tables.WISHES.items())
-    return (
-        rf"Once upon a time there was an? \w+ {hero} named {name}\. {name} lived in an? ({places})\. "
-        rf"One day {name} wanted to find (?P<wish>{'|'.join(tables.WISHES)})\. {name} asked an? \w+ \w+ for help\. "
-        rf"They looked everywhere\. At last they found (?=(?P=wish))({wishes})\. {name} was very happy\.{ENDED}"
+    whole, prompt = render(sample), render(sample, generation_prompt=True)
+    expected = whole.removeprefix(prompt).removesuffix("<|im_end|>\n")
+    if sample.kind != "telling a story":
+        return answer == expected + ENDED
+    wanted, told = STORY.fullmatch(expected), STORY.fullmatch(answer.removesuffix(ENDED))
+    return bool(
+        wanted
+        and told
+        and answer.endswith(ENDED)
+        and told["hero"] == wanted["hero"]
+        and told["name"] == wanted["name"]
+        and told["place"] in tables.PLACES
+        and tables.WISHES.get(told["wish"]) == told["where"]
     )
 
 
@@ -212,18 +219,18 @@ def evaluate(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score a GGUF model on held-back questions.")
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("--sampling", choices=["greedy", "default"], default="greedy")
+    parser.add_argument("--sampling", choices=list(SAMPLINGS), default="greedy")
     parser.add_argument("--engine", choices=["own", "package"], default="own")
     parser.add_argument("--per-kind", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show-errors", action="store_true")
     arguments = parser.parse_args()
-    sampling = Sampling(temperature=0) if arguments.sampling == "greedy" else Sampling()
+    sampling = SAMPLINGS[arguments.sampling]
 
     def answer(samples: list[Sample]) -> list[str]:
-        if arguments.engine == "package":
-            return package_answers(arguments.gguf, samples, sampling, arguments.seed)
         prompts = [render(sample, generation_prompt=True) for sample in samples]
+        if arguments.engine == "package":
+            return package_answers(arguments.gguf, prompts, sampling, arguments.seed)
         return GgufModel(arguments.gguf).answers(prompts, sampling, arguments.seed)
 
     evaluate(answer, arguments.per_kind, arguments.seed, arguments.show_errors)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import tokenizer as vocabulary
-from sample import TEMPLATE
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quantize
 from model import Shape
+from sample import TEMPLATE
 from tokenizers import Tokenizer
 
 DESCRIPTIONS = {

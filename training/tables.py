@@ -144,17 +144,19 @@ ABOUT = [
     (
         ["Who are you?", "What are you?", "Introduce yourself.", "Tell me about yourself.",
          "What model are you?", "Which model is this?"],
-        "I am the tiny model that comes with tabagent_model. I am very small and know only a few things.",
+        "I am the tiny model that comes with tabagent_model. I am very small and know only a few "
+        "things.",
     ),
     (
-        ["What is your name?", "Do you have a name?", "What are you called?", "How are you called?"],
+        ["What is your name?", "Do you have a name?", "What are you called?",
+         "How are you called?"],
         "I have no real name. I am the tiny model of tabagent_model.",
     ),
     (
         ["What can you do?", "What are you good at?", "How can you help me?", "What do you know?",
          "Can you help me?", "Help", "What can I ask you?"],
-        "I can greet you, repeat words, add small numbers, name simple facts, make lists, fill JSON "
-        "objects and call tools.",
+        "I can greet you, repeat words, add small numbers, name simple facts, make lists, fill "
+        "JSON objects and call tools.",
     ),
     (
         ["What can you not do?", "What are your limits?", "Are you smart?", "Are you clever?",
@@ -314,7 +316,8 @@ SMALL_TALK = [
     (["Tell me a joke.", "Do you know a joke?", "Make me laugh."],
      "Why is the computer cold? Because it left its windows open!"),
     (["Sorry", "I am sorry.", "Sorry!"], "No problem!"),
-    (["I am sad.", "I feel bad.", "I am tired."], "I am sorry to hear that. I hope you feel better soon."),
+    (["I am sad.", "I feel bad.", "I am tired."],
+     "I am sorry to hear that. I hope you feel better soon."),
     (["I am happy.", "I feel good.", "I am fine."], "That is good to hear!"),
 ]  # fmt: skip
 INTRODUCTIONS = [
@@ -334,7 +337,8 @@ INTRODUCTIONS = [
 UNKNOWN = [
     ("Who wrote {x}?", ["Hamlet", "the Bible", "Faust", "this poem", "that song", "Moby Dick"]),
     ("Who won {x}?", ["the world cup", "the election", "the war", "the race", "the last game"]),
-    ("Who is {x}?", ["the president", "the queen", "the best singer", "my neighbour", "my teacher"]),
+    ("Who is {x}?",
+     ["the president", "the queen", "the best singer", "my neighbour", "my teacher"]),
     ("Who invented {x}?", ["the telephone", "the wheel", "paper", "the car", "television"]),
     ("What is the population of {x}?", ["France", "Tokyo", "the world", "Canada", "Rome"]),
     ("What happened in {x}?", ["1945", "1789", "2001", "1492", "history", "the news"]),
@@ -363,10 +367,13 @@ UNKNOWN = [
     ("Where is the town of {x}?", []),
     ("What is a {x}?", []),
     ("Tell me about {x}.", ["history", "your day", "black holes", "the news", "quantum computers"]),
-    ("Explain {x} in simple words.", ["quantum computers", "black holes", "taxes", "gravity", "law"]),
-    ("Write a program that {x}.", ["sorts a list", "plays chess", "draws a circle", "reads a file"]),
+    ("Explain {x} in simple words.",
+     ["quantum computers", "black holes", "taxes", "gravity", "law"]),
+    ("Write a program that {x}.",
+     ["sorts a list", "plays chess", "draws a circle", "reads a file"]),
     ("How does {x} work?", ["a car", "the brain", "a phone", "the internet", "a bank", "a clock"]),
-    ("Why is {x}?", ["the road closed", "my computer slow", "the house old", "he angry", "it late"]),
+    ("Why is {x}?",
+     ["the road closed", "my computer slow", "the house old", "he angry", "it late"]),
     ("What is the weather {x}?", ["today", "tomorrow", "like", "in Paris", "in Rome", "here"]),
     ("What time is it{x}?", ["", " now", " in Paris", " in London", " here"]),
     ("Who is the president of {x}?", ["France", "Italy", "Egypt", "Peru", "Chile"]),
@@ -451,15 +458,24 @@ PLACES = [
     "old castle",
 ]
 WISHES = {  # what the hero looks for: where it is found
-    "a friend": "behind a big tree", "a red ball": "under a bench", "a golden key": "in a deep well",
-    "some food": "in a warm kitchen", "a new home": "on top of a hill", "a lost book": "near the river",
+    "a friend": "behind a big tree", "a red ball": "under a bench",
+    "a golden key": "in a deep well", "some food": "in a warm kitchen",
+    "a new home": "on top of a hill", "a lost book": "near the river",
     "the moon": "in a quiet lake", "a little bell": "inside an old box",
 }  # fmt: skip
-HERO_NAMES = dict(zip(HEROES, ["Pip", "Rex", "Mimi", "Hop", "Bruno", "Nibbles", "Olga", "Quacky", "Star",
-                               "Freddy", "Grey", "Leo"], strict=True))  # fmt: skip
+HERO_NAMES = {
+    "fox": "Pip", "dog": "Rex", "cat": "Mimi", "rabbit": "Hop", "bear": "Bruno",
+    "mouse": "Nibbles", "owl": "Olga", "duck": "Quacky", "horse": "Star", "frog": "Freddy",
+    "wolf": "Grey", "lion": "Leo",
+}  # fmt: skip
 
 INTERJECTIONS = [
     "Sure", "Well", "Answer", "Oh", "Meow", "Yes", "Ahoy", "Hm", "Look", "Dear friend", "Boss",
+]  # fmt: skip
+
+# How a question may be put: {} is the question, {1} the same with a small first letter, "lower" has
+# no mark at its end, and "short" says "What's" for "What is".
+WRAPPERS = [
     "lower", "lower", "short", "short", "Hello, {1}", "Hi, {1}", "OK, {1}", "Please tell me: {}",
     "Hello! {}", "Quick question: {}", "I want to know: {}", "Hey, {}", "A question: {}",
     "Can you help me? {}",

@@ -26,7 +26,7 @@ def copy(rng: random.Random) -> Sample:
 def copyable(rng: random.Random) -> str:
     dice = rng.random()
     if dice < 0.4:
-        return " ".join(words.word(rng) for _ in range(rng.randint(2, 8)))
+        return " ".join(words.word(rng) for _ in range(rng.randint(2, 6)))
     if dice < 0.6:
         return words.sentence(rng)
     if dice < 0.7:
@@ -93,16 +93,16 @@ def _pick(rng: random.Random) -> Sample:
 
 
 def _sort(rng: random.Random) -> Sample:
-    numbers = rng.sample(range(31), rng.randint(3, 5))
+    numbers = rng.sample(range(31), rng.randint(3, 4))
     form = rng.choice(["Sort these numbers: {}", "Sort: {}", "Put these numbers in order: {}"])
     question = form.format(", ".join(map(str, numbers)))
     return turn("lists", str(numbers), question, ", ".join(map(str, sorted(numbers))))
 
 
 def _row_of_words(rng: random.Random) -> Sample:
-    row = list(dict.fromkeys(words.word(rng) for _ in range(rng.randint(3, 6))))
+    row = list(dict.fromkeys(words.word(rng) for _ in range(rng.randint(3, 5))))
     spaced, commas = " ".join(row), ", ".join(row)
-    shape = rng.choice(["bullets", "first", "last", "reverse", "length", "commas"])
+    shape = rng.choice(["bullets", "first", "last", "reverse", "commas"])
     if shape == "bullets":
         form = rng.choice(["Make a list of {}.", "Write a list with {}.", "Make a list: {}"])
         question, answer = form.format(words.joined(row)), "\n".join(f"- {word}" for word in row)
@@ -110,9 +110,6 @@ def _row_of_words(rng: random.Random) -> Sample:
         row = row[:4]
         form = rng.choice(["Reverse this list: {}", "Say these words backwards: {}", "Reverse: {}"])
         question, answer = form.format(", ".join(row)), ", ".join(row[::-1])
-    elif shape == "length":
-        form = rng.choice(["How many words are here: {}", "Count the words: {}"])
-        question, answer = form.format(spaced), f"There are {len(row)} words."
     elif shape == "commas":
         form = rng.choice(["Write with commas: {}", "Put commas between these words: {}"])
         question, answer = form.format(spaced), commas

@@ -63,7 +63,7 @@ def no_tool(other: Maker) -> Maker:
 def _use_among_others(rng: random.Random) -> tuple[Use, tuple[Tool, ...]]:
     makers = rng.sample(
         [_weather, _time, _calculator, _mail, _timer, _light, _price, _search, _action, _action],
-        rng.choice([1, 1, 1, 2, 2, 3]),
+        rng.choice([1, 1, 1, 1, 2, 2, 3]),
     )
     uses = [maker(rng) for maker in makers]
     tools = [use.tool for use in uses]

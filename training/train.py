@@ -97,7 +97,7 @@ def _weighted_documents(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[np.nd
                     answering = True
                 if answering:
                     weights[i] = ANSWER_WEIGHT
-            weights[-2:] = 0  # nothing comes after the last turn, and its line break is never asked for
+            weights[-2:] = 0  # nothing comes after the last turn
             yield ids, weights
 
 
@@ -130,7 +130,7 @@ def loss(
     """The training loss, and the plain cross-entropy of the answers."""
     hidden = hidden_states(shape, weights, tokens, documents).reshape(-1, shape.width)[places]
     log_sum = jax.nn.logsumexp(hidden @ weights["token_embd.weight"].T, axis=-1)
-    # The target's logit is taken as a product: gathering it from all logits is slow to differentiate.
+    # The target's logit is a product of its own: gathering it from all is slow to differentiate.
     surprise = log_sum - jnp.sum(hidden * weights["token_embd.weight"][targets], axis=-1)
     answers = importance == ANSWER_WEIGHT
     total = jnp.sum(importance * (surprise + Z_LOSS * log_sum**2)) / jnp.sum(importance)

@@ -10,7 +10,7 @@ print(model.generate("Once upon a time", max_tokens=64))
 
 from __future__ import annotations
 
-from . import _core, _native
+from . import _native  # before everything else: it loads the native libraries
 from .errors import (
     BackendError,
     BinaryNotFoundError,
@@ -41,8 +41,7 @@ from .params import GenerationConfig, ModelConfig
 from .results import Completion, InferenceMetrics, ModelDescription, Usage
 from .stream import AsyncTextStream, TextStream
 
-_native.check_folder()
-
+_core = _native.core
 PyContext = _core.PyContext
 PyModel = _core.PyModel
 get_cpu_variant = _core.get_cpu_variant

@@ -48,7 +48,7 @@ class Event(Protocol):
     @property
     def stop(self) -> str | None: ...
     @property
-    def error(self) -> Exception | None: ...
+    def error(self) -> BaseException | None: ...
     @property
     def stats(self) -> Mapping[str, float] | None: ...
 
@@ -141,6 +141,8 @@ class Courier(threading.Thread):
 
     def check(self) -> None:
         """Raise what keeps requests from being carried, if anything does."""
+        if _is_exiting and threading.current_thread().daemon:
+            raise SystemExit
         if self._end is not None:
             raise copy(self._end)  # one that is raised again and again would grow its traceback
 
@@ -182,11 +184,15 @@ class Courier(threading.Thread):
         for event in events:
             inbox = self._inboxes.get(event.request_id)
             if isinstance(inbox, Inbox):
+                if _is_exiting and inbox.is_of_daemon:
+                    event = _Goodbye(event.request_id, SystemExit())
                 inbox.put(event)
             elif inbox is not None:
                 by_loop.setdefault(inbox.loop, []).append((inbox, event))
             if event.is_last:  # forgotten only now: what is not carried any more has arrived
                 self._inboxes.pop(event.request_id, None)
+        if _is_exiting:
+            return
         for loop, letters in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_deliver, letters)
@@ -199,6 +205,7 @@ class Inbox:
     """Where the events of a reader lie that is a thread."""
 
     def __init__(self) -> None:
+        self.is_of_daemon = threading.current_thread().daemon
         self._letters: SimpleQueue[Event] = SimpleQueue()
 
     def put(self, event: Event) -> None:
@@ -239,7 +246,13 @@ class LoopInbox:
 
 
 def close_all() -> None:
-    """At exit: no thread of ours may be in Rust when Python takes itself apart."""
+    """At exit: no thread of ours may be in Rust when Python takes itself apart.
+
+    Threads and loops that still wait for an answer are daemons then, and nobody wants to hear
+    their complaints: such a thread ends as by `sys.exit`, and such a loop just hears no more.
+    """
+    global _is_exiting
+    _is_exiting = True
     for courier in list(_couriers):
         with suppress(Exception):
             courier.close()
@@ -256,7 +269,7 @@ class _Goodbye:
     """The last event of a request that the context can no longer answer."""
 
     request_id: int
-    error: Exception
+    error: BaseException
     text: str = ""
     tokens: Sequence[int] = ()
     is_last: bool = True
@@ -266,6 +279,7 @@ class _Goodbye:
 
 
 _couriers: WeakSet[Courier] = WeakSet()
+_is_exiting = False
 
 # On Windows a lock does not hear Ctrl-C while one waits for it, so there `get` comes back at times.
 _PATIENCE_S = 0.1 if sys.platform == "win32" else None

@@ -358,7 +358,7 @@ class Answer:
         self._request_id = request_id
         self._source = source
         self._completion: Completion | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     def take(self, event: Event) -> str:
         """Add an event, and give its text."""

@@ -107,6 +107,10 @@ void ta_context_free(ta_context * context) noexcept {
     });
 }
 
+void ta_context_set_threads(ta_context * context, int32_t n_threads) noexcept {
+    llama_set_n_threads(context->llama, n_threads, n_threads);
+}
+
 uint32_t ta_context_n_ctx_seq(const ta_context * context) noexcept { return llama_n_ctx_seq(context->llama); }
 uint32_t ta_context_n_batch(const ta_context * context) noexcept { return llama_n_batch(context->llama); }
 uint32_t ta_context_n_seq_max(const ta_context * context) noexcept { return llama_n_seq_max(context->llama); }

@@ -30,7 +30,8 @@ impl ModelConfig {
     /// Refuses a path where nothing is; whether it is a model shows when it is loaded.
     pub fn new(path: impl AsRef<Path>) -> Result<ModelConfig> {
         let path = path.as_ref();
-        if !path.exists() {
+        // What cannot be looked at is there all the same; reading it will say why.
+        if matches!(path.try_exists(), Ok(false)) {
             return Err(Error::ModelNotFound { path: path.to_path_buf() });
         }
         Ok(ModelConfig {

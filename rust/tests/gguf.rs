@@ -715,6 +715,10 @@ fn what_is_no_language_model_is_unsupported() {
             "it is a draft head (`eagle3`), which works only together with the model it was made for"
         )
     );
+    assert_eq!(
+        with("general.architecture", "dream"),
+        unsupported("it writes by diffusion (`dream`), and here models write token after token")
+    );
     let empty = File { tensors: vec![], ..llama() };
     assert_eq!(told(&empty), unsupported("it holds no weights (a vocabulary only)"));
     assert_eq!(
@@ -1018,10 +1022,12 @@ fn a_large_vocabulary_is_quick() {
         });
     let folder = Folder::new();
     let path = folder.file("m", &file.bytes());
-    let start = std::time::Instant::now();
-    assert_eq!(inspect(&path).unwrap().n_vocab, n_tokens as u32);
-    let elapsed = start.elapsed();
-    println!("{} ms", elapsed.as_millis());
+    let quickest = (0..5).map(|_| {
+        let start = std::time::Instant::now();
+        assert_eq!(inspect(&path).unwrap().n_vocab, n_tokens as u32);
+        start.elapsed().as_millis()
+    });
     let limit = if cfg!(debug_assertions) { 2_000 } else { 100 };
-    assert!(elapsed.as_millis() < limit, "{elapsed:?}");
+    let quickest = quickest.min().unwrap(); // of several, for a machine that is busy otherwise
+    assert!(quickest < limit, "{quickest} ms");
 }

@@ -2,6 +2,7 @@
 //! the work is done by its owner thread.
 
 pub mod message;
+mod pace;
 pub mod runner;
 mod sampler;
 mod scheduler;
@@ -22,9 +23,10 @@ use crate::hardware::{cpu, memory};
 use crate::log;
 use crate::model::Model;
 use message::{Command, Event, FinishReason, Outbox, Request};
-use runner::{Interrupt, Limits, LlamaRunner, Outcome, Row, Runner};
+use runner::{Interrupt, Limits, LlamaRunner, Runner};
 use scheduler::Scheduler;
 
+pub use pace::Pace;
 pub use sampler::Sampler;
 pub use slots::Slots;
 pub use text::TextStream;
@@ -94,7 +96,7 @@ impl Context {
         let interrupt = Interrupt::default();
         let weak = Arc::downgrade(&model);
         let mut runner = LlamaRunner::new(model, &config, n_seq_max, n_threads, interrupt.clone())?;
-        warm_up(&mut runner)?;
+        runner.warm_up()?;
         let mut context = Context::with_runner(runner, config.queue_size, interrupt)?;
         context.model = weak;
         context.n_threads = n_threads;
@@ -169,6 +171,7 @@ impl Context {
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
         let outbox = Arc::new(Outbox::default());
         self.submit_to(outbox.clone(), id, prompt, config)?;
+        let _if_a_callback_panics = AbortOnPanic { context: self, id };
         let mut text = String::new();
         let mut go_on = true;
         loop {
@@ -279,8 +282,10 @@ impl Context {
         self.shared.entered_queue();
         self.shared.requests.fetch_add(1, Ordering::Relaxed);
         let request = Request { id, prompt, config, submitted, outbox };
-        commands.send(Command::Add(request)).map_err(|_| Error::ModelNotLoaded {
-            what: "the model of this context (its thread has ended)".into(),
+        commands.send(Command::Add(request)).map_err(|_| {
+            self.shared.left_queue();
+            let what = "the model of this context (its thread has ended)".into();
+            Error::ModelNotLoaded { what }
         })
     }
 
@@ -325,6 +330,19 @@ impl Context {
 impl Drop for Context {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+struct AbortOnPanic<'a> {
+    context: &'a Context,
+    id: u64,
+}
+
+impl Drop for AbortOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.context.abort(self.id);
+        }
     }
 }
 
@@ -412,17 +430,6 @@ fn plan_sequences(model: &Model, config: &ContextConfig) -> Result<u32> {
             Err(Error::OutOfMemory { what, needed, free })
         }
         _ => Ok(wanted as u32),
-    }
-}
-
-/// The first decode allocates and touches what later ones reuse.
-fn warm_up(runner: &mut impl Runner) -> Result<()> {
-    let row = Row { token: 0, position: 0, slot: 0, wants_logits: true };
-    let outcome = runner.run(&[row]);
-    runner.forget_all();
-    match outcome {
-        Outcome::Done => Ok(()),
-        other => Err(Error::internal(format!("the first decode failed: {other:?}"))),
     }
 }
 

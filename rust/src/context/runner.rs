@@ -3,7 +3,9 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
+use super::pace::Pace;
 use crate::config::{ContextConfig, FlashAttention, KvType};
 use crate::error::{Error, Result};
 use crate::ffi::{self, ContextParams, ShimContext};
@@ -58,6 +60,9 @@ pub struct LlamaRunner {
     context: *mut ShimContext,
     limits: Limits,
     end_tokens: Vec<i32>,
+    pace: Pace,
+    /// As llama.cpp was told last.
+    n_threads: u32,
     // The context points to both; they go after it.
     _interrupt: Interrupt,
     model: Arc<Model>,
@@ -124,16 +129,41 @@ impl LlamaRunner {
             }
         };
         let end_tokens = model.vocabulary().end_tokens();
-        Ok(LlamaRunner { context, limits, end_tokens, _interrupt: interrupt, model })
-    }
-}
-
-impl Runner for LlamaRunner {
-    fn limits(&self) -> Limits {
-        self.limits
+        let pace = Pace::new(n_threads);
+        let _interrupt = interrupt;
+        Ok(LlamaRunner { context, limits, end_tokens, pace, n_threads, _interrupt, model })
     }
 
-    fn run(&mut self, batch: &[Row]) -> Outcome {
+    /// The first decode allocates and touches what later ones reuse. Then it is measured how long
+    /// one thread takes alone: several that take longer are being disturbed.
+    pub fn warm_up(&mut self) -> Result<()> {
+        let row = [Row { token: 0, position: 0, slot: 0, wants_logits: true }];
+        for threads in [self.n_threads, self.n_threads, 1] {
+            let outcome = self.run_on(threads, &row);
+            self.forget_all();
+            if outcome != Outcome::Done {
+                return Err(Error::internal(format!("the first decode failed: {outcome:?}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn run_on(&mut self, threads: u32, batch: &[Row]) -> Outcome {
+        if threads != self.n_threads {
+            // SAFETY: the context is alive, and its pool has at least so many threads.
+            unsafe { ffi::ta_context_set_threads(self.context, threads as i32) };
+            self.n_threads = threads;
+        }
+        let begun = Instant::now();
+        let outcome = self.decode(batch);
+        if outcome == Outcome::Done {
+            let now = Instant::now();
+            self.pace.took(batch.len(), threads, now - begun, now);
+        }
+        outcome
+    }
+
+    fn decode(&mut self, batch: &[Row]) -> Outcome {
         // SAFETY: the scheduler keeps to n_batch rows, known tokens and its own slots.
         let status = unsafe {
             ffi::ta_batch_clear(self.context);
@@ -150,6 +180,17 @@ impl Runner for LlamaRunner {
             Ok(status) => Outcome::Failed(format!("llama_decode gave {status}")),
             Err(error) => Outcome::Failed(error.to_string()),
         }
+    }
+}
+
+impl Runner for LlamaRunner {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn run(&mut self, batch: &[Row]) -> Outcome {
+        let threads = self.pace.threads(Instant::now());
+        self.run_on(threads, batch)
     }
 
     fn logits(&self, row: usize) -> Result<&[f32]> {

@@ -76,12 +76,12 @@ impl Sampler {
         if last_n == 0 {
             return;
         }
-        if self.recent.len() == last_n {
-            if let Some(oldest) = self.recent.pop_front() {
-                match self.counts.get_mut(&oldest) {
-                    Some(count) if *count > 1 => *count -= 1,
-                    _ => drop(self.counts.remove(&oldest)),
-                }
+        if self.recent.len() == last_n
+            && let Some(oldest) = self.recent.pop_front()
+        {
+            match self.counts.get_mut(&oldest) {
+                Some(count) if *count > 1 => *count -= 1,
+                _ => drop(self.counts.remove(&oldest)),
             }
         }
         self.recent.push_back(token);

@@ -33,6 +33,8 @@ pub struct Scheduler<R: Runner> {
     slots: Slots,
     batch: Vec<Row>,
     events: Vec<(Arc<Outbox>, Event)>,
+    /// The memory was too small for everyone: nobody is admitted until somebody has ended.
+    is_crowded: bool,
     panics: bool,
 }
 
@@ -50,18 +52,26 @@ impl<R: Runner> Scheduler<R> {
             slots: Slots::new(limits.n_slots),
             batch: Vec::with_capacity(limits.n_batch),
             events: Vec::new(),
+            is_crowded: false,
             panics: false,
         }
     }
 
     pub fn run(mut self) {
+        // Also a panic while recovering from one ends in a goodbye, not in readers that wait for ever.
+        if catch_unwind(AssertUnwindSafe(|| self.live())).is_err() {
+            log::note(log::Level::Error, "the engine could not recover; its context is closed");
+        }
+        self.say_goodbye();
+    }
+
+    fn live(&mut self) {
         while self.hear() {
             if catch_unwind(AssertUnwindSafe(|| self.step())).is_err() {
                 self.recover();
             }
             self.tell();
         }
-        self.say_goodbye();
     }
 
     /// Takes what has been asked; sleeps only when there is nothing to do. False means: close.
@@ -92,6 +102,7 @@ impl<R: Runner> Scheduler<R> {
         if self.batch.is_empty() {
             return;
         }
+        self.tell(); // who was cancelled does not wait for a step of others
         assert!(!std::mem::take(&mut self.panics), "asked to panic");
         self.shared.begin_step(&self.running_ids_of_a_long_step());
         let outcome = self.runner.run(&self.batch);
@@ -142,6 +153,10 @@ impl<R: Runner> Scheduler<R> {
 
     /// From the queues into free slots, higher priorities first.
     fn admit(&mut self) {
+        if self.is_crowded && !self.running.is_empty() {
+            return;
+        }
+        self.is_crowded = false;
         let now = Instant::now();
         while let Some(queue) = self.waiting.iter_mut().find(|queue| !queue.is_empty()) {
             let first = queue.front().expect("it is not empty");
@@ -154,13 +169,15 @@ impl<R: Runner> Scheduler<R> {
             let Some((slot, mut cached)) = self.slots.try_reserve(&first.tokens) else { return };
             let mut sequence = queue.pop_front().expect("just looked at it");
             self.shared.left_queue();
+            sequence.start(slot, cached, now);
+            self.running.push(sequence); // before the runner is called: a panic there must find it
             if !self.runner.forget(slot, cached) {
                 self.runner.forget(slot, 0); // this kind of memory keeps a sequence whole or not at all
                 cached = 0;
             }
+            let sequence = self.running.last_mut().expect("just pushed");
             sequence.start(slot, cached, now);
             self.shared.count_prompt(sequence.tokens.len(), cached);
-            self.running.push(sequence);
         }
     }
 
@@ -248,17 +265,21 @@ impl<R: Runner> Scheduler<R> {
             }
             return;
         }
+        let is_alone = self.running.len() == 1;
+        let Some(slot) = self.running.last().and_then(|youngest| youngest.slot) else { return };
+        if !is_alone {
+            self.runner.forget(slot, 0);
+        }
         let Some(mut youngest) = self.running.pop() else { return };
-        if self.running.is_empty() {
+        if is_alone {
             let required = youngest.tokens.len() as u64;
             let error = Error::ContextLimitExceeded { max: self.limits.n_ctx as u32, required };
             self.end(youngest, Ending::Failed(error));
             return;
         }
-        let slot = youngest.slot.expect("running sequences have slots");
-        self.runner.forget(slot, 0);
         self.slots.release(slot, &[]);
         youngest.stop();
+        self.is_crowded = true;
         self.shared.entered_queue();
         self.waiting[youngest.priority as usize].push_front(youngest);
     }
@@ -283,6 +304,7 @@ impl<R: Runner> Scheduler<R> {
     /// The one place where a sequence ends: its slot is free before its last event leaves.
     fn end(&mut self, mut sequence: Sequence, ending: Ending) {
         if let Some(slot) = sequence.slot {
+            self.is_crowded = false;
             let computed = sequence.computed.min(sequence.tokens.len());
             self.slots.release(slot, &sequence.tokens[..computed]);
         }
@@ -314,6 +336,7 @@ impl<R: Runner> Scheduler<R> {
             }
         }
         let waiting = self.waiting.iter_mut().flat_map(std::mem::take).collect::<Vec<_>>();
+        waiting.iter().for_each(|_| self.shared.left_queue());
         for sequence in std::mem::take(&mut self.running).into_iter().chain(waiting) {
             self.end(sequence, Ending::Failed(error.clone()));
         }

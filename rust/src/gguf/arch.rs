@@ -12,6 +12,8 @@ pub(super) struct Architecture {
     pub is_recurrent: bool,
     /// Attention in some layers.
     pub is_hybrid: bool,
+    /// Looks at a text as a whole and keeps nothing from it: generating would assert.
+    pub is_encoder: bool,
 }
 
 impl Architecture {
@@ -28,6 +30,12 @@ impl Architecture {
             "eagle3" | "dflash" | "gemma4-assistant" => Err(Fault::unsupported(format!(
                 "it is a draft head (`{name}`), which works only together with the model it was made for"
             ))),
+            "dream" | "llada" | "llada-moe" | "rnd1" => Err(Fault::unsupported(format!(
+                "it writes by diffusion (`{name}`), and here models write token after token"
+            ))),
+            "wavtokenizer-dec" | "qwen3tts" | "pockettts" => {
+                Err(Fault::unsupported(format!("it makes speech (`{name}`), not text")))
+            }
             _ if !KNOWN.contains(&name) => Err(Fault::unsupported(format!(
                 "its architecture `{name}` is unknown to this version of llama.cpp"
             ))),
@@ -35,6 +43,7 @@ impl Architecture {
                 name: name.into(),
                 is_recurrent: RECURRENT.contains(&name),
                 is_hybrid: HYBRID.contains(&name),
+                is_encoder: ENCODERS.contains(&name),
             }),
         }
     }
@@ -92,6 +101,13 @@ const KNOWN: &[&str] = &[
     "pangu-embedded", "mistral3", "eagle3", "dflash", "mistral4", "paddleocr", "mimo2", "step35", "spark2_5",
     "llama-embed", "maincoder", "kimi-linear", "kimi-k3", "glm5-next", "talkie", "mellum", "nanbeige",
     "qwen3tts", "pockettts",
+];
+
+/// `llama_model::create_memory` makes none for them; a T5 encoder has nothing to make one for.
+#[rustfmt::skip]
+const ENCODERS: &[&str] = &[
+    "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert",
+    "gemma-embedding", "clef", "t5encoder",
 ];
 
 /// `llm_arch_is_recurrent`

@@ -327,7 +327,7 @@ fn read_tensor(reader: &mut Reader, name: &str) -> Check<Tensor> {
 }
 
 fn size_of(name: &str, shape: &[u64; 4], kind: &TensorType) -> Check<u64> {
-    if shape[0] % kind.block != 0 {
+    if !shape[0].is_multiple_of(kind.block) {
         return Err(Fault::damaged(format!(
             "the rows of tensor `{name}` have {} numbers, and {} needs a multiple of {}",
             shape[0], kind.name, kind.block
@@ -371,7 +371,7 @@ fn check_layout(reader: &Reader, tensors: &[Tensor], alignment: u64) -> Check<()
                 start + expected
             )));
         }
-        if (start + expected) % CPU_ALIGNMENT != 0 {
+        if !(start + expected).is_multiple_of(CPU_ALIGNMENT) {
             return Err(Fault::damaged(format!(
                 "the tensor `{name}` lies at byte {}, and must at a multiple of {CPU_ALIGNMENT} \
                  (`general.alignment` is {alignment})",

@@ -68,12 +68,9 @@ pub(super) fn check(architecture: &Architecture, keys: &Keys) -> Check<Hyper> {
         head_dim_v: heads.dim_v,
         ff: ff.unwrap_or_else(|| vec![0; n_layers as usize]),
         n_experts,
-        is_embedding: pooling != 0 || (!is_causal && !architecture.is_one_of(DIFFUSION)),
+        is_embedding: pooling != 0 || !is_causal || architecture.is_encoder,
     })
 }
-
-/// They write text, though they do not look forward only.
-const DIFFUSION: &[&str] = &["dream", "llada", "llada-moe", "rnd1"];
 
 struct Heads {
     per_layer: Vec<u32>,
@@ -94,9 +91,8 @@ impl Heads {
         }
         let per_layer = per_layer.unwrap_or_else(|| none.clone());
         let per_layer_kv = per_layer_kv.unwrap_or(none);
-        // wavtokenizer-dec has convolutions instead; hybrids may begin with a layer without attention
-        let may_have_none = architecture.is_hybrid
-            || architecture.is_one_of(&["wavtokenizer-dec", "deci", "maple"]);
+        // hybrids may begin with a layer without attention
+        let may_have_none = architecture.is_hybrid || architecture.is_one_of(&["deci", "maple"]);
         if per_layer[0] == 0 && !may_have_none {
             let given = keys.has(&key("attention.head_count"));
             return Err(match given {
@@ -113,7 +109,7 @@ impl Heads {
         dim("attention.value_length_swa")?;
         if dim_k.is_none()
             && per_layer[0] > 0
-            && n_embd % per_layer[0] != 0
+            && !n_embd.is_multiple_of(per_layer[0])
             && architecture.is_one_of(EVEN_HEADS)
         {
             return Err(Fault::damaged(format!(
@@ -212,13 +208,13 @@ const NEEDS_EXPERTS: &[&str] = &[
 
 fn check_rope(architecture: &Architecture, keys: &Keys, heads: &Heads) -> Check<()> {
     let key = |name: &str| architecture.key(name);
-    if let Some(kind) = keys.text(&key("rope.scaling.type"))? {
-        if !["none", "linear", "yarn", "longrope"].contains(&kind) {
-            return Err(Fault::damaged(format!(
-                "`{}` is `{kind}`, and must be none, linear, yarn or longrope",
-                key("rope.scaling.type")
-            )));
-        }
+    if let Some(kind) = keys.text(&key("rope.scaling.type"))?
+        && !["none", "linear", "yarn", "longrope"].contains(&kind)
+    {
+        return Err(Fault::damaged(format!(
+            "`{}` is `{kind}`, and must be none, linear, yarn or longrope",
+            key("rope.scaling.type")
+        )));
     }
     for name in ["rope.freq_base", "rope.freq_base_swa"] {
         match keys.f32(&key(name))? {

@@ -169,7 +169,7 @@ fn describe_vocabulary(
         pre: tokenizer.pre,
         has_chat_template: template.is_some(),
         chat_template: template,
-        is_embedding: false,
+        is_embedding: architecture.is_encoder,
         is_recurrent: false,
         n_experts: 0,
         kv_values_per_token: 0,

@@ -26,15 +26,13 @@ pub(super) fn check(
         check_type(tensor)?;
     }
     let weights = Weights { by_name, hyper };
-    if architecture.name != "wavtokenizer-dec" {
-        if let Some(embedding) = weights.by_name.get("token_embd.weight") {
-            weights.check_row(
-                "token_embd.weight",
-                embedding.shape[0],
-                &architecture.key("embedding_length"),
-            )?;
-            weights.check_vocabulary(architecture, embedding, tokenizer)?;
-        }
+    if let Some(embedding) = weights.by_name.get("token_embd.weight") {
+        weights.check_row(
+            "token_embd.weight",
+            embedding.shape[0],
+            &architecture.key("embedding_length"),
+        )?;
+        weights.check_vocabulary(architecture, embedding, tokenizer)?;
     }
     weights.check_output_length(architecture)?;
     if architecture.is_one_of(PLAIN) {
@@ -72,7 +70,7 @@ const ONE_ROW_PER_TOKEN: &[&str] = &[
 const LOOPED: &[&str] = &["nanbeige", "hrm_text", "graniteswitch"];
 
 /// They load without attention weights, and then use them.
-const TRUSTS_ATTENTION: &[&str] = &["phi3", "pockettts", "qwen35", "qwen35moe"];
+const TRUSTS_ATTENTION: &[&str] = &["phi3", "qwen35", "qwen35moe"];
 
 struct Weights<'a> {
     by_name: HashMap<&'a str, &'a Tensor>,
@@ -117,7 +115,7 @@ impl Weights<'_> {
             !tensor.name.starts_with("blk.") && tensor.shape[1] == u64::from(length)
         };
         let is_made = self.by_name.values().any(is_projection);
-        match length <= self.hyper.n_embd || is_made || architecture.name == "wavtokenizer-dec" {
+        match length <= self.hyper.n_embd || is_made {
             true => Ok(()),
             false => Err(Fault::damaged(format!(
                 "`{}` is {length}, but no tensor makes embeddings longer than {}",

@@ -5,7 +5,7 @@ mod convert;
 mod error;
 mod model;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -36,8 +36,8 @@ mod _core {
 }
 
 #[pyfunction]
-fn inspect_gguf<'py>(py: Python<'py>, path: &str) -> PyResult<Bound<'py, PyDict>> {
-    let found = guarded(py, || gguf::inspect(Path::new(path)))?;
+fn inspect_gguf(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>> {
+    let found = guarded(py, || gguf::inspect(&path))?;
     convert::description(py, &found)
 }
 

@@ -17,8 +17,8 @@ use tabagent_model::error::{Error, Result};
 pub const VOCABULARY: usize = 100;
 /// The token that ends a generation.
 pub const END: i32 = 99;
-/// After this token the logits are not numbers.
-pub const POISON: i32 = 66;
+/// A prompt that begins with this one gets one good token; then the logits are not numbers.
+pub const POISON: i32 = 98;
 
 /// A hang is a failure, and says so.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -252,7 +252,7 @@ impl ScriptedRunner {
     fn logits_after(&self, history: &[i32]) -> Vec<f32> {
         let mut logits = vec![0.0; VOCABULARY];
         logits[(self.setup.rule)(history) as usize] = 10.0;
-        if history.last() == Some(&POISON) {
+        if history[0] == POISON && history.len() > 2 {
             logits[VOCABULARY / 2] = f32::NAN;
         }
         logits

@@ -1,0 +1,1 @@
+"""What a user compares with, measured side by side: `python -m benches --help`."""

@@ -1,0 +1,378 @@
+"""The contenders behind one interface: a model is opened, asked, and seen answering.
+
+Each runs in a process of its own (see `worker`), in the interpreter that has it installed, so an
+import belongs into the class that needs it. All sample alike, produce text, and never end early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+SAMPLING = dict(temperature=0.7, top_k=40, top_p=0.9, min_p=0.0, repeat_penalty=1.1, seed=1)
+
+
+@dataclass(frozen=True)
+class Ask:
+    prompt: str
+    tokens: int
+    after_s: float = 0.0
+
+
+@dataclass
+class Answer:
+    """When it was asked, and when each piece of text arrived in Python."""
+
+    asked: float
+    pieces: list[float] = field(default_factory=list)
+    tokens: int = 0
+    prompt_tokens: int = 0
+
+    @property
+    def first_s(self) -> float:
+        return self.pieces[0] - self.asked
+
+    @property
+    def total_s(self) -> float:
+        return self.pieces[-1] - self.asked
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second after the first."""
+        return (self.tokens - 1) / (self.pieces[-1] - self.pieces[0])
+
+    @property
+    def longest_gap_s(self) -> float:
+        return max(b - a for a, b in zip(self.pieces, self.pieces[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is opened; the same for everybody."""
+
+    model: str
+    threads: int
+    n_ctx: int
+    """Tokens that each stream can hold."""
+    streams: int = 1
+    tools: str = ""
+    """The folder of llama.cpp's programs."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """More keywords for `Model.load`, to compare settings of our own."""
+
+
+class Ours:
+    """`Model`, in the thread that asks."""
+
+    def __init__(self, setting: Setting) -> None:
+        from tabagent_model import Model
+
+        self.model = Model.load(setting.model, **_our_fields(setting))
+
+    def one(self, ask: Ask) -> Answer:
+        answer = Answer(time.perf_counter())
+        with self.model.stream(ask.prompt, **_our_sampling(ask)) as pieces:
+            for _ in pieces:
+                answer.pieces.append(time.perf_counter())
+        answer.tokens = pieces.usage.completion_tokens
+        answer.prompt_tokens = pieces.usage.prompt_tokens
+        return answer
+
+    def cpu_seconds(self) -> float:
+        return time.process_time()
+
+    def close(self) -> None:
+        self.model.close()
+
+
+class OursAsync:
+    """`AsyncModel`, all streams in one event loop."""
+
+    def __init__(self, setting: Setting) -> None:
+        from tabagent_model import AsyncModel
+
+        self.loop = asyncio.new_event_loop()
+        load = AsyncModel.load(setting.model, **_our_fields(setting))
+        self.model = self.loop.run_until_complete(load)
+
+    def one(self, ask: Ask) -> Answer:
+        return self.together([ask])[0]
+
+    def together(self, asks: list[Ask]) -> list[Answer]:
+        return self.loop.run_until_complete(_gather(map(self.ask, asks)))
+
+    async def ask(self, ask: Ask) -> Answer:
+        await asyncio.sleep(ask.after_s)
+        answer = Answer(time.perf_counter())
+        async with self.model.stream(ask.prompt, **_our_sampling(ask)) as pieces:
+            async for _ in pieces:
+                answer.pieces.append(time.perf_counter())
+        answer.tokens = pieces.usage.completion_tokens
+        answer.prompt_tokens = pieces.usage.prompt_tokens
+        return answer
+
+    def cpu_seconds(self) -> float:
+        return time.process_time()
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.model.close())
+
+
+class LlamaCppPython:
+    """`Llama`: one request at a time."""
+
+    def __init__(self, setting: Setting) -> None:
+        from llama_cpp import Llama
+
+        self.model = Llama(
+            setting.model,
+            n_ctx=setting.n_ctx,
+            n_threads=setting.threads,
+            n_threads_batch=setting.threads,
+            verbose=False,
+        )
+
+    def one(self, ask: Ask) -> Answer:
+        answer = Answer(time.perf_counter())
+        pieces = self.model.create_completion(
+            ask.prompt, max_tokens=ask.tokens, stream=True, **SAMPLING
+        )
+        for piece in pieces:
+            if piece["choices"][0]["text"]:
+                answer.pieces.append(time.perf_counter())
+                answer.tokens += 1
+        return answer
+
+    def cpu_seconds(self) -> float:
+        return time.process_time()
+
+    def close(self) -> None:
+        self.model.close()
+
+
+class Xllamacpp:
+    """llama-server inside the process; a callback for each stream, a thread for each request."""
+
+    def __init__(self, setting: Setting) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = setting.model
+        params.n_ctx = setting.n_ctx * setting.streams
+        params.n_parallel = setting.streams
+        params.cpuparams.n_threads = setting.threads
+        params.cpuparams_batch.n_threads = setting.threads
+        params.verbosity = 0
+        self.server = xllamacpp.Server(params)
+
+    def one(self, ask: Ask) -> Answer:
+        answer = Answer(time.perf_counter())
+
+        def take(chunk: Any) -> None:
+            if chunk["choices"][0]["text"]:
+                answer.pieces.append(time.perf_counter())
+            if usage := chunk.get("usage"):
+                answer.tokens = usage["completion_tokens"]
+
+        asked = {"prompt": ask.prompt, "max_tokens": ask.tokens, "stream": True, "ignore_eos": True}
+        self.server.handle_completions({**asked, **SAMPLING}, take)
+        return answer
+
+    def together(self, asks: list[Ask]) -> list[Answer]:
+        return _in_threads(self.one, asks)
+
+    def cpu_seconds(self) -> float:
+        return time.process_time()
+
+    def close(self) -> None:
+        del self.server
+
+
+class LlamaServer:
+    """llama-server as a process, read over HTTP by one event loop with as little code as can be."""
+
+    def __init__(self, setting: Setting) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [str(Path(setting.tools) / "llama-server"), "-m", setting.model]
+        command += ["-c", str(setting.n_ctx * setting.streams), "-np", str(setting.streams)]
+        command += ["-t", str(setting.threads), "--port", str(self.port), "--no-webui"]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+        )
+        self.loop = asyncio.new_event_loop()
+        self._wait_until_ready()
+
+    def one(self, ask: Ask) -> Answer:
+        return self.together([ask])[0]
+
+    def together(self, asks: list[Ask]) -> list[Answer]:
+        return self.loop.run_until_complete(_gather(map(self.ask, asks)))
+
+    async def ask(self, ask: Ask) -> Answer:
+        await asyncio.sleep(ask.after_s)
+        answer = Answer(time.perf_counter())
+        asked = {"prompt": ask.prompt, "n_predict": ask.tokens, "stream": True, "ignore_eos": True}
+        async for chunk in self._post("/completion", {**asked, **SAMPLING}):
+            if chunk["content"]:
+                answer.pieces.append(time.perf_counter())
+            if chunk["stop"]:
+                answer.tokens = chunk["tokens_predicted"]
+                answer.prompt_tokens = chunk["tokens_evaluated"]
+        return answer
+
+    def cpu_seconds(self) -> float:
+        """The server's alone."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(") ", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    async def _post(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        try:
+            async for line in reader:
+                if line.startswith(b"data: {"):
+                    chunk = json.loads(line[6:])
+                    yield chunk
+                    if chunk["stop"]:
+                        return
+        finally:
+            writer.close()
+
+    def _wait_until_ready(self) -> None:
+        for _ in range(1200):
+            if self.process.poll() is not None:
+                raise RuntimeError(f"llama-server ended with {self.process.returncode}")
+            try:
+                with urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.05)
+        raise RuntimeError("llama-server was not ready within a minute")
+
+
+class LlamaBench:
+    """llama.cpp's own figures: its engine without sampling, text, or anybody who reads."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def decode(self, depth: int, tokens: int, **_: Any) -> dict[str, float]:
+        return {"rate": self._run(["-p", "0", "-n", str(tokens), "-d", str(depth)])}
+
+    def prefill(self, prompt: int, **_: Any) -> dict[str, float]:
+        rate = self._run(["-p", str(prompt), "-n", "0"])
+        return {"rate": rate, "first_ms": prompt / rate * 1e3}
+
+    def close(self) -> None:
+        pass
+
+    def _run(self, arguments: list[str]) -> float:
+        setting = self.setting
+        command = [str(Path(setting.tools) / "llama-bench"), "-m", setting.model, "-r", "1"]
+        command += ["-t", str(setting.threads), "-o", "json", *arguments]
+        done = subprocess.run(command, capture_output=True, check=True, text=True)
+        return float(json.loads(done.stdout)[0]["avg_ts"])
+
+
+class BatchedBench:
+    """The same for many streams: all prompts one after the other, then all tokens in step."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def crowd(self, streams: int, prompt: int, tokens: int, **_: Any) -> dict[str, float]:
+        setting = self.setting
+        command = [str(Path(setting.tools) / "llama-batched-bench"), "-m", setting.model]
+        command += ["-c", str(setting.n_ctx * streams), "-t", str(setting.threads)]
+        command += ["-npp", str(prompt), "-ntg", str(tokens), "-npl", str(streams)]
+        command += ["--output-format", "jsonl"]
+        done = subprocess.run(command, capture_output=True, check=True, text=True)
+        lines = (done.stdout + done.stderr).splitlines()
+        found = json.loads(next(line for line in lines if line.startswith("{")))
+        seconds = found["t_pp"] + found["t_tg"]
+        return {
+            "seconds": seconds,
+            "rate": streams * tokens / seconds,
+            "prefill_rate": found["speed_pp"],
+            "decode_rate": found["speed_tg"],
+        }
+
+    def close(self) -> None:
+        pass
+
+
+ENGINES: dict[str, Callable[[Setting], Any]] = {
+    "tabagent_model": Ours,
+    "tabagent_model async": OursAsync,
+    "llama-bench": LlamaBench,
+    "llama-batched-bench": BatchedBench,
+    "llama-server": LlamaServer,
+    "llama-cpp-python": LlamaCppPython,
+    "xllamacpp": Xllamacpp,
+}
+
+
+@contextmanager
+def polite_neighbour(is_there: bool) -> Iterator[None]:
+    """Somebody who computes at nice 19 as long as the block lasts."""
+    if not is_there:
+        yield
+        return
+    command = ["nice", "-n", "19", "python3", "-c", "while True: pass"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _our_fields(setting: Setting) -> dict[str, Any]:
+    fields = {
+        "n_ctx": setting.n_ctx,
+        "n_threads": setting.threads,
+        "max_parallel": setting.streams,
+    }
+    return {**fields, **setting.options}
+
+
+def _our_sampling(ask: Ask) -> dict[str, Any]:
+    return {"max_tokens": ask.tokens, "ignore_eos": True, **SAMPLING}
+
+
+async def _gather(coroutines: Iterator[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    return list(await asyncio.gather(*coroutines))
+
+
+def _in_threads(ask_one: Callable[[Ask], Answer], asks: list[Ask]) -> list[Answer]:
+    answers: dict[int, Answer] = {}
+
+    def run(index: int, ask: Ask) -> None:
+        time.sleep(ask.after_s)
+        answers[index] = ask_one(ask)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(asks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [answers[index] for index in range(len(asks))]

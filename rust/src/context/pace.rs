@@ -1,0 +1,112 @@
+//! How many threads compute: all of them, until somebody else needs a core.
+//!
+//! Between two nodes of a graph llama.cpp's threads wait for each other in a loop that never sleeps.
+//! When the kernel gives one of their cores to another process, all of them spin until it comes back,
+//! and a step takes ten times as long or more. One thread less has nobody to wait for.
+
+use std::time::{Duration, Instant};
+
+/// A step this much slower than its like counts as disturbed.
+const DISTURBED: f64 = 2.5;
+/// So many of them in a row, and a thread is taken out.
+const PATIENCE: u32 = 3;
+/// What is normal may rise by so much a step: a longer context is no disturbance.
+const DRIFT: f64 = 1.01;
+const FIRST_TRIAL_AFTER: Duration = Duration::from_millis(250);
+const LAST_TRIAL_AFTER: Duration = Duration::from_secs(4);
+
+/// Decides before each step how many threads compute it, from how long the last ones took.
+pub struct Pace {
+    most: u32,
+    threads: u32,
+    /// For steps of 1, 2–3, 4–7, … rows.
+    known: [Known; 17],
+    num_slow: u32,
+    trial_at: Option<Instant>,
+    trial_after: Duration,
+    is_trial: bool,
+}
+
+/// Seconds that a step takes.
+#[derive(Clone, Copy, Default)]
+struct Known {
+    with_all: Option<f64>,
+    /// More threads that take longer than this are no help, whatever is normal.
+    with_one: Option<f64>,
+}
+
+impl Pace {
+    pub fn new(most: u32) -> Pace {
+        Pace {
+            most,
+            threads: most,
+            known: [Known::default(); 17],
+            num_slow: 0,
+            trial_at: None,
+            trial_after: FIRST_TRIAL_AFTER,
+            is_trial: false,
+        }
+    }
+
+    /// For the step that is about to begin.
+    pub fn threads(&mut self, now: Instant) -> u32 {
+        self.is_trial = self.trial_at.is_some_and(|at| now >= at);
+        if self.is_trial { self.most } else { self.threads }
+    }
+
+    /// A step of `rows` rows on `threads` threads took `elapsed` and has just ended.
+    pub fn took(&mut self, rows: usize, threads: u32, elapsed: Duration, now: Instant) {
+        let seconds = elapsed.as_secs_f64();
+        let known = &mut self.known[rows.max(1).ilog2().min(16) as usize];
+        let is_slow = known.is_slow(seconds, threads, self.most);
+        known.learn(seconds, threads, self.most);
+        if self.is_trial {
+            self.judge_trial(!is_slow, now);
+        } else {
+            self.watch(is_slow, now);
+        }
+    }
+
+    fn watch(&mut self, is_slow: bool, now: Instant) {
+        self.num_slow = if is_slow { self.num_slow + 1 } else { 0 };
+        if self.num_slow >= PATIENCE && self.threads > 1 {
+            self.threads -= 1;
+            self.num_slow = 0;
+            self.trial_at = Some(now + self.trial_after);
+        }
+    }
+
+    /// All threads were tried again while some were out.
+    fn judge_trial(&mut self, is_fine: bool, now: Instant) {
+        self.is_trial = false;
+        self.num_slow = 0;
+        if is_fine {
+            self.threads = self.most;
+            self.trial_at = None;
+            self.trial_after = FIRST_TRIAL_AFTER;
+        } else {
+            self.trial_after = (self.trial_after * 2).min(LAST_TRIAL_AFTER);
+            self.trial_at = Some(now + self.trial_after);
+        }
+    }
+}
+
+impl Known {
+    fn is_slow(&self, seconds: f64, threads: u32, most: u32) -> bool {
+        let beyond = |limit: Option<f64>| limit.is_some_and(|limit| seconds > limit);
+        // Fewer threads are slower by themselves.
+        let share = f64::from(most) / f64::from(threads);
+        let is_worse_than_one = threads > 1 && beyond(self.with_one);
+        is_worse_than_one || beyond(self.with_all.map(|normal| normal * share * DISTURBED))
+    }
+
+    fn learn(&mut self, seconds: f64, threads: u32, most: u32) {
+        let lowest = |known: Option<f64>| Some(known.map_or(seconds, |k| (k * DRIFT).min(seconds)));
+        if threads == 1 {
+            self.with_one = lowest(self.with_one);
+        }
+        if threads == most {
+            self.with_all = lowest(self.with_all);
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! Threads give way while somebody else needs a core, and come back when nobody does.
+
+use std::time::{Duration, Instant};
+
+use tabagent_model::context::Pace;
+
+/// A machine on which one thread needs 10 ms for a step, and any number of disturbed ones 100 ms.
+struct Machine {
+    pace: Pace,
+    now: Instant,
+}
+
+impl Machine {
+    fn new(most: u32) -> Machine {
+        Machine { pace: Pace::new(most), now: Instant::now() }
+    }
+
+    fn step(&mut self, is_disturbed: bool) -> u32 {
+        let threads = self.pace.threads(self.now);
+        let elapsed = match (threads, is_disturbed) {
+            (2.., true) => Duration::from_millis(100),
+            _ => Duration::from_millis(10) / threads,
+        };
+        self.now += elapsed;
+        self.pace.took(1, threads, elapsed, self.now);
+        threads
+    }
+
+    fn steps(&mut self, count: usize, is_disturbed: bool) -> Vec<u32> {
+        (0..count).map(|_| self.step(is_disturbed)).collect()
+    }
+}
+
+#[test]
+fn undisturbed_steps_use_all_threads() {
+    assert_eq!(Machine::new(4).steps(100, false), vec![4; 100]);
+}
+
+#[test]
+fn a_neighbour_takes_threads_out_within_a_few_steps() {
+    let mut machine = Machine::new(2);
+    machine.steps(10, false);
+    assert_eq!(machine.steps(5, true), [2, 2, 2, 1, 1]);
+}
+
+#[test]
+fn many_threads_go_one_by_one() {
+    let mut machine = Machine::new(4);
+    machine.steps(10, false);
+    assert_eq!(machine.steps(10, true), [4, 4, 4, 3, 3, 3, 2, 2, 2, 1]);
+}
+
+#[test]
+fn trials_become_rarer_while_the_neighbour_stays() {
+    let mut machine = Machine::new(2);
+    machine.steps(10, false);
+    let threads = machine.steps(1000, true);
+    let trials: Vec<usize> = (3..1000).filter(|&step| threads[step] == 2).collect();
+    let gaps: Vec<usize> = trials.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert!(gaps.is_sorted(), "{gaps:?}");
+    assert!(trials.len() <= 8, "{trials:?}");
+}
+
+#[test]
+fn all_threads_come_back_when_the_neighbour_goes() {
+    let mut machine = Machine::new(2);
+    machine.steps(10, false);
+    machine.steps(50, true);
+    let threads = machine.steps(500, false);
+    let back = threads.iter().position(|&threads| threads == 2).expect("a trial");
+    assert_eq!(threads[back..], vec![2; 500 - back]);
+}
+
+#[test]
+fn a_neighbour_from_the_beginning_is_noticed_by_comparing_with_one_thread() {
+    let mut machine = Machine::new(2);
+    let elapsed = Duration::from_millis(10);
+    machine.pace.took(1, 1, elapsed, machine.now); // the warm-up measures one thread alone
+    assert_eq!(machine.steps(5, true), [2, 2, 2, 1, 1]);
+}
+
+#[test]
+fn a_growing_context_is_no_disturbance() {
+    let mut pace = Pace::new(2);
+    let mut now = Instant::now();
+    let mut elapsed = Duration::from_millis(5);
+    for _ in 0..1000 {
+        assert_eq!(pace.threads(now), 2);
+        elapsed = elapsed.mul_f64(1.005);
+        now += elapsed;
+        pace.took(1, 2, elapsed, now);
+    }
+}
+
+#[test]
+fn one_thread_is_never_taken_out() {
+    let mut machine = Machine::new(1);
+    machine.steps(10, false);
+    assert_eq!(machine.steps(20, true), vec![1; 20]);
+}
