@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,15 +90,13 @@ class Bench:
                     continue
                 try:
                     figures = self._undisturbed(case, contender, model, number)
-                except WorkerFailed as failed:
+                except WorkerError as failed:
                     result.failures[contender.name] = str(failed)
                     print(f"  {contender.name}: {failed}", file=sys.stderr, flush=True)
                     continue
                 result.runs[contender.name].append(figures)
-                shown = [f"{m.title} {figures[m.key]:.4g} {m.unit}" for m in _known(case, figures)]
-                noise = " (disturbed)" if figures["disturbed"] else ""
                 print(
-                    f"  {number + 1} {contender.name}: {', '.join(shown)}{noise}", file=sys.stderr
+                    f"  {contender.name}: {_in_short(case, figures)}", file=sys.stderr, flush=True
                 )
         result.runs = {name: runs for name, runs in result.runs.items() if runs}
         return result
@@ -106,7 +104,7 @@ class Bench:
     def _undisturbed(
         self, case: Case, contender: Contender, model: Path, number: int
     ) -> dict[str, float]:
-        """The first of three runs in which nobody else computed, or the one with the least of it."""
+        """The first of three runs in which nobody else computed, or the quietest of them."""
         tries = []
         for _ in range(3):
             with machine.disturbance() as noise:
@@ -144,15 +142,15 @@ class Bench:
                 timeout=MOST_SECONDS,
             )
         except subprocess.TimeoutExpired:
-            raise WorkerFailed(f"not done after {MOST_SECONDS} s") from None
+            raise WorkerError(f"not done after {MOST_SECONDS} s") from None
         for line in done.stdout.splitlines():
             if line.startswith(MARK):
                 return dict(json.loads(line[len(MARK) :]))
         last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        raise WorkerFailed(last)
+        raise WorkerError(last)
 
 
-class WorkerFailed(Exception):
+class WorkerError(Exception):
     pass
 
 
@@ -206,8 +204,10 @@ def _options(text: str) -> dict[str, Any]:
     return {name: int(value) if value.isdigit() else value for name, _, value in pairs}
 
 
-def _known(case: Case, figures: dict[str, float]) -> Iterable[Any]:
-    return [metric for metric in case.metrics if metric.key in figures]
+def _in_short(case: Case, figures: dict[str, float]) -> str:
+    known = [metric for metric in case.metrics if metric.key in figures]
+    shown = [f"{metric.title} {figures[metric.key]:.4g} {metric.unit}" for metric in known]
+    return ", ".join(shown) + (" (disturbed)" if figures["disturbed"] else "")
 
 
 def _wait_for_quiet() -> None:

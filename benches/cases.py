@@ -52,9 +52,10 @@ _FIRST = Metric("first_ms", "first token", "ms")
 
 def _decode(name: str, model: str, depth: int = 4, tokens: int = 128, **more: Any) -> Case:
     after = f" after {depth:,} tokens" if depth > 4 else ""
+    beside = " beside a busy process at nice 19" if more.get("neighbour") else ""
     return Case(
         name,
-        f"decode, one stream{after}, {model}",
+        f"decode, one stream{after}{beside}, {model}",
         model,
         "decode",
         dict(depth=depth, tokens=tokens),
@@ -68,7 +69,7 @@ def _decode(name: str, model: str, depth: int = 4, tokens: int = 128, **more: An
 def _crowd(streams: int) -> Case:
     return Case(
         f"crowd-{streams}",
-        f"{streams} streams × (400 + 128) tokens, {HALF}",
+        f"{streams} streams of 400 + 128 tokens, {HALF}",
         HALF,
         "crowd",
         dict(streams=streams, prompt=400, tokens=128),
@@ -139,7 +140,7 @@ CASES = (
     ),
     Case(
         "event-loop",
-        "64 streams × (16 + 64) tokens in one event loop, tiny",
+        "64 streams of 16 + 64 tokens in one event loop, tiny",
         "tiny",
         "event_loop",
         dict(streams=64, prompt=16, tokens=64),
@@ -156,7 +157,7 @@ CASES = (
     ),
     Case(
         "crowd-tiny",
-        "64 streams × (16 + 64) tokens, tiny",
+        "64 streams of 16 + 64 tokens, tiny",
         "tiny",
         "crowd",
         dict(streams=64, prompt=16, tokens=64),

@@ -133,7 +133,7 @@ class LlamaCppPython:
     """`Llama`: one request at a time."""
 
     def __init__(self, setting: Setting) -> None:
-        from llama_cpp import Llama
+        from llama_cpp import Llama  # type: ignore[import-not-found]
 
         self.model = Llama(
             setting.model,
@@ -165,7 +165,7 @@ class Xllamacpp:
     """llama-server inside the process; a callback for each stream, a thread for each request."""
 
     def __init__(self, setting: Setting) -> None:
-        import xllamacpp
+        import xllamacpp  # type: ignore[import-untyped]
 
         params = xllamacpp.CommonParams()
         params.model.path = setting.model

@@ -36,7 +36,7 @@ class Spread:
         return cls(median(values), min(values), max(values))
 
     def __str__(self) -> str:
-        return f"{_short(self.middle)} ({_short(self.low)}–{_short(self.high)})"
+        return f"{_short(self.middle)} ({_short(self.low)}-{_short(self.high)})"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Row:
 
     @property
     def title(self) -> str:
-        return f"{self.case.title}: {self.metric.title}"
+        is_alone = len(self.case.metrics) == 1
+        return self.case.title if is_alone else f"{self.case.title}: {self.metric.title}"
 
     def ours(self) -> Spread | None:
         return self.spreads.get(OURS) or self.spreads.get(OURS_ASYNC)
@@ -114,11 +115,8 @@ def markdown(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
             ratio = None if spread is None else row.ratio(spread)
             cells.append(("" if spread is None else f"{spread}") + _times(ratio))
         lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Medians with the least and the greatest of all runs in brackets. The factor says",
-    ]
-    lines += ["how much better ours is (below 1: how much worse), for speeds and times alike."]
+    lines += ["", "Medians, with the least and the greatest of all runs in brackets. The factor"]
+    lines += ["says how much better ours is (below 1: worse), for speeds and times alike."]
     for result in results:
         for name, why in result.failures.items():
             lines.append(f"\n{name} failed at “{result.case.title}”: {why}")
@@ -158,7 +156,7 @@ def svg(found: Sequence[Row]) -> str:
             f'<line x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="{top - 12}" y2="{height - 34}" '
             f'stroke="{colour}" stroke-width="{wide}"/>'
         )
-        label = OURS if mark == 1 else f"{mark:g}×"
+        label = OURS if mark == 1 else f"{mark:g}x"
         parts.append(_label(x(mark), height - 16, label, "middle"))
     for index, name in enumerate(names):
         at = 16 + index * 170
@@ -173,7 +171,7 @@ def svg(found: Sequence[Row]) -> str:
             if ratio:
                 parts.append(
                     f'<circle cx="{x(1 / ratio):.1f}" cy="{y}" r="5" '
-                    f'fill="{_COLOURS[index % 6]}"><title>{escape(name)}: {1 / ratio:.2f}× '
+                    f'fill="{_COLOURS[index % 6]}"><title>{escape(name)}: {1 / ratio:.2f}x '
                     "our speed</title></circle>"
                 )
     parts.append(_label(left + width, 24, "to the right: faster than we", "end"))
@@ -189,7 +187,7 @@ def _order(found: Sequence[Row]) -> list[str]:
 
 
 def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f" **{ratio:.2f}×**"
+    return "" if ratio is None else f" **{ratio:.2f}x**"
 
 
 def _short(value: float) -> str:
@@ -203,6 +201,6 @@ def _fact(value: Any) -> str:
         return ", ".join(f"{name} {part}" for name, part in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    return (
-        {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

@@ -2,6 +2,7 @@
 
     python evaluate.py ../python/tabagent_model/assets/tiny-chat.gguf
     python evaluate.py tiny-chat.gguf --sampling default --show-errors
+    python evaluate.py tiny-chat.gguf --draft tiny-draft.gguf
 
 An answer is right when it is the expected text to the letter, and the model ended its turn. A story
 is right when it follows the story grammar and is about the animal and the name that were asked for.
@@ -26,7 +27,7 @@ import tokenizer as vocabulary
 from data import KINDS, held_back
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from model import Shape, empty_cache, next_logits
+from model import Shape, Weights, empty_cache, hidden_states, next_logits
 from sample import Sample, render
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -76,6 +77,11 @@ class GgufModel:
             for tensor in reader.tensors
         }
         self._step = jax.jit(functools.partial(next_logits, self.shape), donate_argnums=1)
+        self._best = jax.jit(self._best_of_all)
+
+    def _best_of_all(self, weights: Weights, tokens: jax.Array) -> jax.Array:
+        hidden = hidden_states(self.shape, weights, tokens, jnp.ones_like(tokens))
+        return jnp.argmax(hidden @ weights["token_embd.weight"].T, axis=-1)
 
     def answers(self, prompts: list[str], sampling: Sampling, seed: int) -> list[str]:
         """Rows of similar length go through the model together."""
@@ -89,6 +95,12 @@ class GgufModel:
             )
             found.update(zip(group, texts, strict=True))
         return [found[i] for i in range(len(prompts))]
+
+    def best_next(self, ids: list[int]) -> np.ndarray:
+        """The best token after each of these tokens."""
+        length = -(-len(ids) // 64) * 64
+        tokens = np.array([ids + [0] * (length - len(ids))])
+        return np.asarray(self._best(self.weights, tokens))[0, : len(ids)]
 
     def _generate(
         self, prompts: list[list[int]], sampling: Sampling, rng: np.random.Generator
@@ -216,16 +228,37 @@ def evaluate(
     return total, len(flat)
 
 
+def agreement(chat: GgufModel, draft: GgufModel, per_kind: int, seed: int) -> tuple[int, int]:
+    """How many tokens of the chat model's greedy answers the draft would have guessed."""
+    samples = [sample for kind in KINDS for sample in held_back(kind, per_kind, seed)]
+    prompts = [render(sample, generation_prompt=True) for sample in samples]
+    answers = chat.answers(prompts, SAMPLINGS["greedy"], seed)
+    guessed = total = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        start = len(chat.tokenizer.encode(prompt).ids)
+        ids = chat.tokenizer.encode(prompt + answer.replace(ENDED, "<|im_end|>")).ids
+        guesses = draft.best_next(ids[:-1])[start - 1 :]
+        guessed += int(np.sum(guesses == ids[start:]))
+        total += len(ids) - start
+    print(f"the draft guesses {guessed} of {total} tokens, {guessed / total:.1%}")
+    return guessed, total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score a GGUF model on held-back questions.")
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--sampling", choices=list(SAMPLINGS), default="greedy")
     parser.add_argument("--engine", choices=["own", "package"], default="own")
+    parser.add_argument("--draft", type=Path, help="count how often this draft guesses right")
     parser.add_argument("--per-kind", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show-errors", action="store_true")
     arguments = parser.parse_args()
     sampling = SAMPLINGS[arguments.sampling]
+    if arguments.draft:
+        chat, draft = GgufModel(arguments.gguf), GgufModel(arguments.draft)
+        agreement(chat, draft, arguments.per_kind, arguments.seed)
+        return
 
     def answer(samples: list[Sample]) -> list[str]:
         prompts = [render(sample, generation_prompt=True) for sample in samples]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
-Prompts = list[str] | list[list[int]] | tuple[str, ...]
+Prompts = list[str] | list[list[int]] | list[str | list[int]] | tuple[str, ...]
 OnToken = Callable[[str], Any]
 OnProgress = Callable[[float], Any]
 

@@ -292,11 +292,16 @@ class Crowd:
 
         loop = asyncio.get_running_loop()
         inbox = LoopInbox(loop)
+        length = sum(len(request.prompt) for request in self._unsent)
+        is_much = length > _LONG_PROMPT or len(self._unsent) > 64
         try:
-            await settle(loop.run_in_executor(None, self._send, inbox))
-            while self._running:
-                if self._take(await inbox.get()) and self._unsent:
+            while self._unsent or self._running:
+                if is_much and self._unsent:
                     await settle(loop.run_in_executor(None, self._send, inbox))
+                else:
+                    self._send(inbox)
+                while not self._take(await inbox.get()):
+                    pass
         except GeneratorExit:  # the coroutine is thrown away: no more waiting
             self._abort()
             raise
@@ -308,15 +313,16 @@ class Crowd:
 
     def _send(self, inbox: Inbox | LoopInbox) -> None:
         while self._unsent:
-            request = self._unsent[0]
+            request = self._unsent.popleft()
+            self._running.add(request.id)  # already now: Ctrl-C may strike on the way back
             try:
                 self._courier.send(request, inbox)
-            except QueueFullError:
-                if not self._running:
+            except Exception as error:
+                self._running.discard(request.id)
+                if not self._running or not isinstance(error, QueueFullError):
                     raise
+                self._unsent.appendleft(request)
                 return  # one of ours has to end first
-            self._running.add(request.id)
-            self._unsent.popleft()
 
     def _take(self, event: Event) -> bool:
         """Whether one has ended."""

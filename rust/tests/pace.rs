@@ -98,3 +98,31 @@ fn one_thread_is_never_taken_out() {
     machine.steps(10, false);
     assert_eq!(machine.steps(20, true), vec![1; 20]);
 }
+
+#[test]
+fn a_step_is_given_up_when_one_thread_would_be_done_four_times_over() {
+    let mut pace = Pace::new(2);
+    let now = Instant::now();
+    assert_eq!(pace.limit(1, 2), None); // nothing is known
+    pace.took(1, 1, Duration::from_millis(10), now);
+    assert_eq!(pace.limit(1, 2), Some(Duration::from_millis(40)));
+    assert_eq!(pace.limit(8, 2), Some(Duration::from_millis(320)));
+    assert_eq!(pace.limit(1, 1), None);
+
+    assert_eq!(pace.threads(now), 2);
+    pace.gave_up(now);
+    assert_eq!(pace.threads(now), 1);
+}
+
+#[test]
+fn a_trial_that_is_given_up_is_repeated_later() {
+    let mut pace = Pace::new(2);
+    let now = Instant::now();
+    pace.took(1, 1, Duration::from_millis(10), now);
+    pace.gave_up(now);
+    let trial = now + Duration::from_millis(250);
+    assert_eq!(pace.threads(trial), 2);
+    pace.gave_up(trial);
+    assert_eq!(pace.threads(trial + Duration::from_millis(499)), 1);
+    assert_eq!(pace.threads(trial + Duration::from_millis(500)), 2);
+}

@@ -34,7 +34,7 @@ fn sample(config: GenerationConfig, prompt: &[i32], row: &[f32], banned: &[i32])
     Sampler::new(config, prompt, N_CTX).sample(row, banned).unwrap()
 }
 
-const DRAWS: usize = 20_000;
+const DRAWS: usize = 10_000;
 
 /// How often each token comes, in hundredths, without those that never do.
 fn frequencies(config: GenerationConfig, row: &[f32], banned: &[i32]) -> BTreeMap<i32, i64> {
@@ -98,7 +98,7 @@ fn top_k_keeps_the_best() {
 
 #[test]
 fn top_k_finds_the_best_of_many_whatever_their_order() {
-    for seed in 0..300 {
+    for seed in 0..100 {
         let mut dice = fastrand::Rng::with_seed(seed);
         let size = dice.usize(1..400);
         let k = dice.usize(1..12);
@@ -163,8 +163,8 @@ fn banned_tokens_never_come() {
 #[test]
 fn with_everything_banned_there_is_an_error_and_no_panic() {
     for config in [plain(), greedy(), GenerationConfig { top_k: 1, ..plain() }] {
-        let result = Sampler::new(config, &[], N_CTX).sample(&[1.0, 2.0], &[0, 1]);
-        assert!(result.is_err(), "{result:?}");
+        let error = Sampler::new(config, &[], N_CTX).sample(&[1.0, 2.0], &[0, 1]).unwrap_err();
+        assert_eq!(error.to_string(), "sampling failed: no token is left to choose from");
     }
 }
 

@@ -146,7 +146,7 @@ fn any_text_in_any_pieces_is_the_same_text() {
         let is_broken = dice.bool();
         let bytes = random_bytes(&mut dice, &ALPHABET, is_broken);
         let stops: Vec<String> = (0..dice.usize(0..4))
-            .map(|_| (0..dice.usize(1..5)).map(|_| *dice.choice(ALPHABET).unwrap()).collect())
+            .map(|_| (0..dice.usize(1..5)).map(|_| dice.choice(ALPHABET).unwrap()).collect())
             .collect();
         let chunks = random_chunks(&mut dice, &bytes);
         let (whole, stop) = reference(&chunks, &stops);

@@ -149,7 +149,7 @@ impl Context {
         // The lock is held while setting, so that it cannot hit the step after.
         let ids = lock(&self.shared.in_long_step);
         if ids.contains(&id) {
-            self.shared.interrupt.store(true, Ordering::Relaxed);
+            self.shared.interrupt.set();
         }
     }
 
@@ -207,7 +207,7 @@ impl Context {
         }
         self.closed.store(true, Ordering::SeqCst);
         let _ = lock(&self.commands).send(Command::Close);
-        self.shared.interrupt.store(true, Ordering::Relaxed);
+        self.shared.interrupt.set();
         if let Some(owner) = lock(&self.owner).take() {
             let _ = owner.join();
         }
@@ -377,7 +377,7 @@ impl Shared {
     fn end_step(&self) {
         let mut ids = lock(&self.in_long_step);
         ids.clear();
-        self.interrupt.store(false, Ordering::Relaxed);
+        self.interrupt.clear();
     }
 
     fn entered_queue(&self) {

@@ -2,7 +2,7 @@
 //!
 //! Between two nodes of a graph llama.cpp's threads wait for each other in a loop that never sleeps.
 //! When the kernel gives one of their cores to another process, all of them spin until it comes back,
-//! and a step takes ten times as long or more. One thread less has nobody to wait for.
+//! and a step takes ten times as long, or a thousand times. One thread less has nobody to wait for.
 
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 const DISTURBED: f64 = 2.5;
 /// So many of them in a row, and a thread is taken out.
 const PATIENCE: u32 = 3;
+/// A step that takes so much longer than one thread alone would is not waited for.
+const HOPELESS: f64 = 4.0;
+const LEAST_LIMIT: Duration = Duration::from_millis(5);
 /// What is normal may rise by so much a step: a longer context is no disturbance.
 const DRIFT: f64 = 1.01;
 const FIRST_TRIAL_AFTER: Duration = Duration::from_millis(250);
@@ -54,24 +57,39 @@ impl Pace {
         if self.is_trial { self.most } else { self.threads }
     }
 
+    /// How long a step may take before it is better begun again with fewer threads.
+    pub fn limit(&self, rows: usize, threads: u32) -> Option<Duration> {
+        let same = self.known[like(rows)].with_one;
+        // A row more never costs more than the first.
+        let one = same.or_else(|| Some(self.known[0].with_one? * rows as f64))?;
+        (threads > 1).then(|| Duration::from_secs_f64(one * HOPELESS).max(LEAST_LIMIT))
+    }
+
     /// A step of `rows` rows on `threads` threads took `elapsed` and has just ended.
     pub fn took(&mut self, rows: usize, threads: u32, elapsed: Duration, now: Instant) {
         let seconds = elapsed.as_secs_f64();
-        let known = &mut self.known[rows.max(1).ilog2().min(16) as usize];
+        let known = &mut self.known[like(rows)];
         let is_slow = known.is_slow(seconds, threads, self.most);
         known.learn(seconds, threads, self.most);
-        if self.is_trial {
-            self.judge_trial(!is_slow, now);
-        } else {
-            self.watch(is_slow, now);
+        match (self.is_trial, is_slow) {
+            (true, _) => self.judge_trial(!is_slow, now),
+            (false, true) => self.num_slow += 1,
+            (false, false) => self.num_slow = 0,
+        }
+        if self.num_slow >= PATIENCE {
+            self.take_one_out(now);
         }
     }
 
-    fn watch(&mut self, is_slow: bool, now: Instant) {
-        self.num_slow = if is_slow { self.num_slow + 1 } else { 0 };
-        if self.num_slow >= PATIENCE && self.threads > 1 {
+    /// A step went over its limit and was given up.
+    pub fn gave_up(&mut self, now: Instant) {
+        if self.is_trial { self.judge_trial(false, now) } else { self.take_one_out(now) }
+    }
+
+    fn take_one_out(&mut self, now: Instant) {
+        self.num_slow = 0;
+        if self.threads > 1 {
             self.threads -= 1;
-            self.num_slow = 0;
             self.trial_at = Some(now + self.trial_after);
         }
     }
@@ -109,4 +127,8 @@ impl Known {
             self.with_all = lowest(self.with_all);
         }
     }
+}
+
+fn like(rows: usize) -> usize {
+    rows.max(1).ilog2().min(16) as usize
 }

@@ -1,8 +1,8 @@
 //! What the scheduler needs of an engine, and the real one: llama.cpp through the shim.
 
 use std::ffi::c_void;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::pace::Pace;
@@ -53,8 +53,42 @@ pub enum Outcome {
     Failed(String),
 }
 
-/// Set from any thread to end the decode that is under way on a CPU.
-pub type Interrupt = Arc<AtomicBool>;
+/// Ends the decode that is under way on a CPU: when set from any thread, or when its time is over.
+#[derive(Clone, Default)]
+pub struct Interrupt(Arc<InterruptState>);
+
+#[derive(Default)]
+struct InterruptState {
+    is_set: AtomicBool,
+    /// Touched by the owner thread only, which is also the one that llama.cpp asks on.
+    deadline: Mutex<Option<Instant>>,
+}
+
+impl Interrupt {
+    pub fn set(&self) {
+        self.0.is_set.store(true, Ordering::Relaxed);
+    }
+
+    pub fn clear(&self) {
+        self.0.is_set.store(false, Ordering::Relaxed);
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.0.is_set.load(Ordering::Relaxed)
+    }
+
+    fn set_deadline(&self, deadline: Option<Instant>) {
+        *self.0.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
+    }
+}
+
+impl InterruptState {
+    fn wants_an_end(&self) -> bool {
+        let deadline = *self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
+        self.is_set.load(Ordering::Relaxed)
+            || deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+}
 
 pub struct LlamaRunner {
     context: *mut ShimContext,
@@ -63,8 +97,9 @@ pub struct LlamaRunner {
     pace: Pace,
     /// As llama.cpp was told last.
     n_threads: u32,
+    may_give_up: bool,
     // The context points to both; they go after it.
-    _interrupt: Interrupt,
+    interrupt: Interrupt,
     model: Arc<Model>,
 }
 
@@ -101,11 +136,12 @@ impl LlamaRunner {
                 KvType::Bf16 => llama_cpp_sys_2::GGML_TYPE_BF16 as i32,
                 KvType::Q8_0 => llama_cpp_sys_2::GGML_TYPE_Q8_0 as i32,
             },
-            poll: 50,
+            // Long enough to be awake for the next step, short enough to leave the core to Python.
+            poll: 1,
             kv_unified: false,
             offload_kqv: config.offload_kqv,
-            abort: Some(is_set),
-            abort_data: Arc::as_ptr(&interrupt).cast_mut().cast(),
+            abort: Some(wants_an_end),
+            abort_data: Arc::as_ptr(&interrupt.0).cast_mut().cast(),
         };
         let mut context = std::ptr::null_mut();
         let one_at_a_time = model.creating();
@@ -129,20 +165,32 @@ impl LlamaRunner {
             }
         };
         let end_tokens = model.vocabulary().end_tokens();
-        let pace = Pace::new(n_threads);
-        let _interrupt = interrupt;
-        Ok(LlamaRunner { context, limits, end_tokens, pace, n_threads, _interrupt, model })
+        Ok(LlamaRunner {
+            context,
+            limits,
+            end_tokens,
+            pace: Pace::new(n_threads),
+            n_threads,
+            // After an interruption a part of each sequence is forgotten, which this kind cannot.
+            may_give_up: !model.description().is_recurrent,
+            interrupt,
+            model,
+        })
     }
 
-    /// The first decode allocates and touches what later ones reuse. Then it is measured how long
-    /// one thread takes alone: several that take longer are being disturbed.
+    /// The first decode allocates and touches what later ones reuse. One thread goes first: how long
+    /// it takes alone says when several are being disturbed.
     pub fn warm_up(&mut self) -> Result<()> {
+        let most = self.n_threads;
         let row = [Row { token: 0, position: 0, slot: 0, wants_logits: true }];
-        for threads in [self.n_threads, self.n_threads, 1] {
+        for threads in [1, 1, most] {
             let outcome = self.run_on(threads, &row);
             self.forget_all();
-            if outcome != Outcome::Done {
-                return Err(Error::internal(format!("the first decode failed: {outcome:?}")));
+            match outcome {
+                Outcome::Done | Outcome::Aborted => {}
+                other => {
+                    return Err(Error::internal(format!("the first decode failed: {other:?}")));
+                }
             }
         }
         Ok(())
@@ -155,10 +203,14 @@ impl LlamaRunner {
             self.n_threads = threads;
         }
         let begun = Instant::now();
+        let limit = self.pace.limit(batch.len(), threads).filter(|_| self.may_give_up);
+        self.interrupt.set_deadline(limit.map(|limit| begun + limit));
         let outcome = self.decode(batch);
-        if outcome == Outcome::Done {
-            let now = Instant::now();
-            self.pace.took(batch.len(), threads, now - begun, now);
+        let now = Instant::now();
+        match outcome {
+            Outcome::Done => self.pace.took(batch.len(), threads, now - begun, now),
+            Outcome::Aborted if !self.interrupt.is_set() => self.pace.gave_up(now),
+            _ => {}
         }
         outcome
     }
@@ -231,7 +283,7 @@ impl Drop for LlamaRunner {
     }
 }
 
-unsafe extern "C" fn is_set(interrupt: *mut c_void) -> bool {
+unsafe extern "C" fn wants_an_end(interrupt: *mut c_void) -> bool {
     // SAFETY: the runner keeps the interrupt alive as long as its context.
-    unsafe { &*interrupt.cast::<AtomicBool>() }.load(Ordering::Relaxed)
+    unsafe { &*interrupt.cast::<InterruptState>() }.wants_an_end()
 }

@@ -67,6 +67,8 @@ impl Sampler {
         }
         let token = if self.config.temperature == 0.0 { argmax(&row) } else { self.draw(&row) };
         self.logits = row;
+        let no_token = || Error::Sampling { what: "no token is left to choose from".into() };
+        let token = token.ok_or_else(no_token)?;
         self.accept(token);
         Ok(token)
     }
@@ -102,24 +104,24 @@ impl Sampler {
         }
     }
 
-    fn draw(&mut self, row: &[f32]) -> i32 {
+    fn draw(&mut self, row: &[f32]) -> Option<i32> {
         self.keep_top_k(row);
+        let best = self.candidates.first()?.logit;
         self.keep_top_p();
         self.keep_min_p();
-        let best = self.candidates[0].logit;
         let weight = |c: &Candidate| ((c.logit - best) / self.config.temperature).exp();
         let total: f32 = self.candidates.iter().map(weight).sum();
         let mut left = self.dice.f32() * total;
         for candidate in &self.candidates {
             left -= weight(candidate);
             if left < 0.0 {
-                return candidate.token;
+                return Some(candidate.token);
             }
         }
-        self.candidates[0].token
+        Some(self.candidates[0].token)
     }
 
-    /// The best `top_k` of the row, best first; never none.
+    /// The best `top_k` of the row, best first; none only where all are banned.
     fn keep_top_k(&mut self, row: &[f32]) {
         let k = match self.config.top_k as usize {
             0 => row.len(),
@@ -169,8 +171,9 @@ impl Sampler {
     }
 }
 
-/// The first of the largest.
-fn argmax(row: &[f32]) -> i32 {
+/// The first of the largest; none where all are banned.
+fn argmax(row: &[f32]) -> Option<i32> {
     let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    row.iter().position(|&logit| logit == largest).unwrap_or(0) as i32
+    let at = row.iter().position(|&logit| logit == largest && logit > f32::NEG_INFINITY)?;
+    Some(at as i32)
 }

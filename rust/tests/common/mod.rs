@@ -176,7 +176,7 @@ impl Stage {
     fn pass(&self, interrupt: &Interrupt) -> bool {
         let mut state = self.lock();
         while state.permits == Some(0) {
-            if interrupt.load(Ordering::Relaxed) {
+            if interrupt.is_set() {
                 return false;
             }
             let waited = self.changed.wait_timeout(state, Duration::from_millis(1));
