@@ -90,10 +90,10 @@ def copy_cmake() -> None:
 def copy_installed(package: str, stem: str, folder: Path) -> None:
     for file in importlib.metadata.files(package) or ():
         path = Path(file.locate())
-        if path.stem == stem and path.suffix in ("", ".exe", ".so", ".dll", ".dylib"):
-            if path.is_file():
-                shutil.copy2(path, folder)
-                return
+        is_program = path.suffix in ("", ".exe", ".so", ".dll", ".dylib") and path.is_file()
+        if path.stem == stem and is_program:
+            shutil.copy2(path, folder)
+            return
     sys.exit(f"the installed `{package}` package does not hold {stem}")
 
 

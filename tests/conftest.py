@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
+
 from tabagent_model import AsyncModel, AsyncTextStream, Model, TextStream
 from tabagent_model.testing import ScriptedContext
 

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import pytest
+
 from tabagent_model import AsyncModel, ForkedProcessError, InternalError, InvalidRequestError, Model
 from tabagent_model._courier import Courier, Inbox, LoopInbox, Request
 from tabagent_model.errors import ModelNotLoadedError

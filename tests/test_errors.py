@@ -3,6 +3,7 @@ import inspect
 import pickle
 
 import pytest
+
 from tabagent_model import Model, errors
 from tabagent_model.errors import InvalidRequestError, OutOfMemoryError, TabAgentModelError
 from tabagent_model.testing import ScriptedContext

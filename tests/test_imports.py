@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import tabagent_model
 
 MAY_IMPORT = {
@@ -15,8 +16,14 @@ MAY_IMPORT = {
     "_native": {"_core", "errors"},
     "_log": {"_core"},
     "_courier": {"errors"},
+    "_prompt": {"errors"},
     "stream": {"_courier", "errors", "results"},
-    "model": {"_core", "_courier", "_log", "_native", "errors", "params", "results", "stream"},
+    "_crowd": {"_courier", "errors", "results", "stream"},
+    "_loading": {"_core", "_courier", "_log", "_native", "errors", "params", "stream"},
+    "model": {
+        *("_core", "_courier", "_crowd", "_loading", "_log", "_prompt"),
+        *("errors", "params", "results", "stream"),
+    },
     "testing": {"errors", "params"},
 }
 

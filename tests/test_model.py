@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
+
 from conftest import Face
 from tabagent_model import (
     AsyncModel,
@@ -114,6 +115,24 @@ async def test_if_one_of_a_crowd_fails_the_others_are_ended(face: MakeFace):
     assert sorted(context.aborted) == [submitted["a"], submitted["b"]]
 
 
+async def test_a_cancel_while_a_failed_crowd_is_cleared_away_is_not_swallowed():
+    def script(prompt: str) -> Any:
+        return [SamplingError("no token is left")] if prompt == "bad" else endless(prompt)
+
+    context = ScriptedContext(script, delay=0.001)
+    abort, aborted = context.abort, threading.Event()
+    context.abort = lambda request_id: aborted.set()  # type: ignore[method-assign]
+    async with AsyncModel(context) as model:
+        task = asyncio.create_task(model.generate(["a", "bad"]))
+        while not aborted.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.sleep(0)
+        abort(context.submitted[0].request_id)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
 async def test_a_crowd_with_a_prompt_that_is_refused_leaves_nothing_behind(face: MakeFace):
     context = ScriptedContext(endless, n_ctx=8, delay=0.001)
     with pytest.raises(ContextLimitExceededError) as caught:
@@ -157,6 +176,19 @@ async def test_a_callback_that_returns_false_ends_the_answer(face: MakeFace):
     answer = await face(context).generate("x", on_token=enough)
     assert (len(heard), answer.finish_reason) == (3, "cancelled")
     assert context.metrics()["running"] == 0
+
+
+async def test_an_async_callback_is_awaited():
+    pieces: list[str] = []
+
+    async def hear(piece: str) -> bool:
+        await asyncio.sleep(0)
+        pieces.append(piece)
+        return len(pieces) < 2
+
+    async with AsyncModel(ScriptedContext(endless, delay=0.001)) as model:
+        answer = await model.generate("x", on_token=hear)
+    assert (pieces, answer.finish_reason) == (["la ", "la "], "cancelled")
 
 
 def test_a_callback_may_ask_the_same_model():

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy
 import pytest
+
 from tabagent_model import GenerationConfig, InvalidRequestError, ModelConfig
 from tabagent_model.params import GenerationFields, ModelFields
 

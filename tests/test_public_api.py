@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+
 import tabagent_model
 from tabagent_model import AsyncModel, Model, errors
 from tabagent_model.testing import ScriptedContext, ScriptedEvent

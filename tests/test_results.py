@@ -2,6 +2,7 @@ import copy
 import pickle
 
 import pytest
+
 from tabagent_model import Completion, InferenceMetrics, Model, Usage, inspect
 from tabagent_model.testing import ScriptedContext
 

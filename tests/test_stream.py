@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+
 from conftest import Face
 from tabagent_model import (
     AsyncModel,

@@ -67,7 +67,7 @@ def doctor() -> None:
     facts = {
         "tabagent_model": core.__version__,
         "llama.cpp": core.LLAMA_CPP_VERSION,
-        "processor": f"{cpu['brand']} ({cpu['physical_cores']} cores, {cpu['usable_cores']} usable)",
+        "processor": f"{cpu['brand']}, {cpu['physical_cores']} cores, {cpu['usable_cores']} usable",
         "CPU variant": core.get_cpu_variant(),
         "CPU modules": ", ".join(usable),
         "CPU module in use": f"{_native.start()} (tried in a child process)",

@@ -109,7 +109,9 @@ class PyModel:
         for `n_ctx` tokens, at most what the model was trained with. `n_threads=0` means the
         physical cores this process may use, at most 8.
         """
-    def generate(self, prompt: str | Sequence[int], max_tokens: int = 100, **sampling: Any) -> str: ...
+    def generate(
+        self, prompt: str | Sequence[int], max_tokens: int = 100, **sampling: Any
+    ) -> str: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -181,7 +183,7 @@ class Event:
     def request_id(self) -> int: ...
     @property
     def text(self) -> str:
-        """Whole characters only; may be empty while one is incomplete or a stop string may begin."""
+        """Whole characters only; empty while one is incomplete or a stop string may begin."""
     @property
     def tokens(self) -> list[int]:
         """The ids sampled since the last event, without the end-of-generation token."""

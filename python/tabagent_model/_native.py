@@ -18,15 +18,16 @@ from pathlib import Path
 _was_set = os.environ.get("GGML_NO_BACKTRACE")
 os.environ["GGML_NO_BACKTRACE"] = "1"
 try:
-    from . import _core as core
+    from . import _core
 finally:
     if _was_set is None:
         del os.environ["GGML_NO_BACKTRACE"]
     else:
         os.environ["GGML_NO_BACKTRACE"] = _was_set
 
-from .errors import BackendError, InvalidRequestError
+from .errors import BackendError, InvalidRequestError  # noqa: E402
 
+core = _core
 LIBRARIES = Path(__file__).parent / "lib"
 PROBE_SECONDS = 30
 

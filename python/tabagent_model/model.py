@@ -6,38 +6,31 @@ Both share one base that turns what was typed into requests; they differ only in
 from __future__ import annotations
 
 import atexit
-import operator
 import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, overload
 
-from . import _core, _courier, _log, _native
+from . import _core, _courier, _log
 from ._courier import Context, Courier, Request
-from .errors import InvalidRequestError, LoadCancelledError, ModelNotLoadedError, TokenizationError
+from ._crowd import Crowd
+from ._loading import OnProgress, open_model, open_model_async
+from ._prompt import Prompt, Prompts, checked, is_many, sound_text, token_ids
+from .errors import InvalidRequestError, ModelNotLoadedError
 from .params import GenerationConfig, GenerationFields, ModelConfig, ModelFields
 from .results import Completion, ModelDescription, Source
-from .stream import AsyncTextStream, Crowd, TextStream, settle
+from .stream import LONG_TEXT, AsyncTextStream, TextStream, settle
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-    from typing import TypeGuard
-
     from typing_extensions import Self, Unpack
 
     from ._core import PyModel, UnloadReport
 
 T = TypeVar("T")
-Prompt = str | Sequence[int]
-Prompts = list[str] | list[list[int]] | list[str | list[int]] | tuple[str, ...]
 OnToken = Callable[[str], Any]
-OnProgress = Callable[[float], Any]
 
-# Tokenizing a longer text would hold up the event loop, so a thread does it.
-_LONG_TEXT = 8192
 _request_ids = count(1)
 
 
@@ -174,7 +167,7 @@ class _Base:
             raise InvalidRequestError(message, name="config")
         chosen = vars(config.with_fields(**given))
         params = {name: value for name, value in chosen.items() if value is not None}
-        return [Request(next(_request_ids), _checked(prompt), params) for prompt in prompts]
+        return [Request(next(_request_ids), checked(prompt), params) for prompt in prompts]
 
     def _crowd(
         self,
@@ -214,7 +207,7 @@ class Model(_Base):
         gets 0.0 to 1.0, in a thread of its own; returning False or raising ends the load.
         """
         config = _config_of(model, fields)
-        return cls(*_load(config, on_progress), config)
+        return cls(*open_model(config, on_progress), config)
 
     @overload
     def generate(
@@ -256,7 +249,7 @@ class Model(_Base):
         `fields` are those of GenerationConfig. `on_token` gets each piece of text in this thread;
         if it returns False the answer ends there.
         """
-        if _is_many(prompt):
+        if is_many(prompt):
             return self._crowd(prompt, config, fields, stream or on_token).collect()
         request = self._request(cast("Prompt", prompt), config, fields)
         answer = TextStream(self._open_courier, request, self._source, self)
@@ -273,10 +266,10 @@ class Model(_Base):
         return TextStream(self._open_courier, request, self._source, self).submit()
 
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
-        return self._tokenizer.tokenize(_sound(text), add_bos, special)
+        return self._tokenizer.tokenize(sound_text(text), add_bos, special)
 
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
-        return self._tokenizer.detokenize(_token_ids(tokens), special)
+        return self._tokenizer.detokenize(token_ids(tokens), special)
 
     def unload(self, timeout: float = 5.0) -> UnloadReport:
         """End what runs, then give the memory back. A second call does nothing."""
@@ -292,10 +285,10 @@ class Model(_Base):
         config = self._changed(changes)
         self.unload()
         try:
-            self._adopt(*_load(config, on_progress))
+            self._adopt(*open_model(config, on_progress))
             self._config = config
         except Exception:
-            self._adopt(*_load(self._config, None))
+            self._adopt(*open_model(self._config, None))
             raise
 
     def __enter__(self) -> Self:
@@ -327,7 +320,7 @@ class AsyncModel(_Base):
     ) -> Self:
         """As `Model.load`. Cancelling it ends the load and gives the memory back."""
         config = _config_of(model, fields)
-        return cls(*await _load_async(config, on_progress), config)
+        return cls(*await open_model_async(config, on_progress), config)
 
     @overload
     async def generate(
@@ -364,8 +357,8 @@ class AsyncModel(_Base):
         on_token: OnToken | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Completion | AsyncTextStream | list[Completion]:
-        """As `Model.generate`. `on_token` is a plain function, called in the event loop."""
-        if _is_many(prompt):
+        """As `Model.generate`. `on_token` is called in the event loop, and may be `async`."""
+        if is_many(prompt):
             crowd = self._crowd(prompt, config, fields, stream or on_token)
             return await crowd.collect_async()
         answer = self.stream(cast("Prompt", prompt), config, **fields)
@@ -382,14 +375,14 @@ class AsyncModel(_Base):
         return AsyncTextStream(self._open_courier, request, self._source, self)
 
     async def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
-        tokenize, text = self._tokenizer.tokenize, _sound(text)
-        if len(text) <= _LONG_TEXT:
+        tokenize, text = self._tokenizer.tokenize, sound_text(text)
+        if len(text) <= LONG_TEXT:
             return tokenize(text, add_bos, special)
         return await _in_executor(lambda: tokenize(text, add_bos, special))
 
     async def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
-        detokenize, ids = self._tokenizer.detokenize, _token_ids(tokens)
-        if len(ids) <= _LONG_TEXT:
+        detokenize, ids = self._tokenizer.detokenize, token_ids(tokens)
+        if len(ids) <= LONG_TEXT:
             return detokenize(ids, special)
         return await _in_executor(lambda: detokenize(ids, special))
 
@@ -407,10 +400,10 @@ class AsyncModel(_Base):
         config = self._changed(changes)
         await self.unload()
         try:
-            self._adopt(*await _load_async(config, on_progress))
+            self._adopt(*await open_model_async(config, on_progress))
             self._config = config
         except Exception:
-            self._adopt(*await _load_async(self._config, None))
+            self._adopt(*await open_model_async(self._config, None))
             raise
 
     async def __aenter__(self) -> Self:
@@ -430,123 +423,6 @@ def inspect(path: str | os.PathLike[str]) -> ModelDescription:
     return ModelDescription.from_dict(_core.inspect_gguf(ModelConfig(path).path))
 
 
-class _Loading:
-    """One load, made to run in a thread of its own while its waiter stays interruptible."""
-
-    def __init__(self, config: ModelConfig, on_progress: OnProgress | None) -> None:
-        self._config = config
-        self._on_progress = on_progress
-        self._is_wanted = True
-
-    def __call__(self) -> tuple[Context | None, PyModel]:
-        _native.start()
-        config, model = self._config, _core.PyModel()
-        model.load(
-            config.path,
-            gpu_layers=-1 if isinstance(config.gpu_layers, str) else config.gpu_layers,
-            mlock=config.use_mlock,
-            mmap=config.use_mmap,
-            main_gpu=config.main_gpu,
-            vocab_only=config.vocab_only,
-            split_mode=config.split_mode,
-            progress=self._progress,
-        )
-        try:
-            context = None if config.vocab_only else self._context_of(model)
-            if not self._is_wanted:
-                raise LoadCancelledError(f"loading `{config.path}` was cancelled")
-        except BaseException:
-            model.unload()
-            raise
-        return context, model
-
-    def give_up(self) -> None:
-        self._is_wanted = False
-
-    def _context_of(self, model: PyModel) -> Context:
-        config = self._config
-        return model.create_context(
-            config.n_ctx,
-            config.n_batch,
-            config.n_threads,
-            n_seq_max=config.max_parallel,
-            queue_size=config.queue_size,
-            flash_attn=config.flash_attn,
-            kv_type=config.kv_type,
-        )
-
-    def _progress(self, fraction: float) -> bool:
-        wanted = self._on_progress is None or self._on_progress(fraction) is not False
-        return wanted and self._is_wanted
-
-
-def _load(config: ModelConfig, on_progress: OnProgress | None) -> tuple[Context | None, PyModel]:
-    loading = _Loading(config, on_progress)
-    future = _in_thread(loading)
-    try:
-        return future.result()
-    except BaseException:
-        if not future.done():  # Ctrl-C, before the load has ended
-            loading.give_up()
-            future.add_done_callback(_discard)
-            _wait(future, 0.8)
-        raise
-
-
-async def _load_async(
-    config: ModelConfig, on_progress: OnProgress | None
-) -> tuple[Context | None, PyModel]:
-    import asyncio
-
-    loading = _Loading(config, on_progress)
-    future = _in_thread(loading)
-    try:
-        return await settle(asyncio.wrap_future(future), loading.give_up)
-    except asyncio.CancelledError:
-        _discard(future)
-        raise
-
-
-def _discard(future: Future[tuple[Context | None, PyModel]]) -> None:
-    """Close what was loaded for nobody."""
-    if future.exception() is None:
-        context, model = future.result()
-        if context is not None:
-            context.close()
-        model.unload()
-
-
-def _in_thread(function: Callable[[], T]) -> Future[T]:
-    """A thread that does not keep the program from ending, unlike those of an executor."""
-    from concurrent.futures import Future
-
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    _log.start()
-    threading.Thread(target=run, name="tabagent-load", daemon=True).start()
-    return future
-
-
-def _wait(future: Future[Any], seconds: float) -> None:
-    from concurrent.futures import wait
-
-    wait([future], timeout=seconds)
-
-
-async def _in_executor(function: Callable[[], T]) -> T:
-    import asyncio
-
-    return await settle(asyncio.get_running_loop().run_in_executor(None, function))
-
-
 def _config_of(
     model: str | os.PathLike[str] | ModelConfig | None, fields: ModelFields
 ) -> ModelConfig:
@@ -558,62 +434,10 @@ def _config_of(
     return ModelConfig(**cast("Any", fields))
 
 
-def _is_many(prompt: object) -> TypeGuard[Sequence[Prompt]]:
-    """A list of ids is one prompt; a list of texts, or of lists of ids, is many."""
-    if isinstance(prompt, (str, bytes)):
-        return False
-    try:
-        first = prompt[0]  # type: ignore[index]
-    except (TypeError, LookupError):
-        return False
-    return isinstance(first, str) or hasattr(first, "__len__")
+async def _in_executor(function: Callable[[], T]) -> T:
+    import asyncio
 
-
-def _checked(prompt: Prompt) -> str | list[int]:
-    return _sound(prompt) if isinstance(prompt, str) else _token_ids(prompt, "prompt")
-
-
-def _sound(text: str) -> str:
-    """Refuse what is no text in any encoding; Rust could not take it."""
-    if not isinstance(text, str):
-        message = f"`text` must be a string, got a {type(text).__name__}"
-        raise InvalidRequestError(message, name="text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        message = f"the text holds half a surrogate pair at index {error.start}"
-        raise TokenizationError(message) from None
-    return text
-
-
-def _token_ids(tokens: Sequence[int], name: str = "tokens") -> list[int]:
-    if isinstance(tokens, (str, bytes, dict)) or not hasattr(tokens, "__getitem__"):
-        message = f"`{name}` must be text or a list of token ids, got a {type(tokens).__name__}"
-        raise InvalidRequestError(message, name=name)
-    ids = list(tokens)
-    if name == "prompt" and not ids:
-        message = "`prompt` must hold at least one token id, got an empty list"
-        raise InvalidRequestError(message, name=name)
-    if not set(map(type, ids)) <= {int}:
-        ids = [_token_id(token, index, name) for index, token in enumerate(ids)]
-    if ids and not (min(ids) >= 0 and max(ids) < 2**31):
-        index, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < 2**31)
-        raise _bad_token(token, index, name)
-    return ids
-
-
-def _token_id(token: Any, index: int, name: str) -> int:
-    try:
-        if not isinstance(token, bool):
-            return operator.index(token)  # numpy's integers, too
-    except TypeError:
-        pass
-    raise _bad_token(token, index, name)
-
-
-def _bad_token(token: object, index: int, name: str) -> InvalidRequestError:
-    message = f"`{name}[{index}]` must be a token id, got {token!r:.40}"
-    return InvalidRequestError(message, name=name)
+    return await settle(asyncio.get_running_loop().run_in_executor(None, function))
 
 
 @atexit.register

@@ -7,13 +7,12 @@ dropped aborts without waiting.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ._courier import Courier, Event, Inbox, LoopInbox, Request
-from .errors import GenerationCancelled, InternalError, QueueFullError, TabAgentModelError
+from .errors import GenerationCancelled, InternalError, TabAgentModelError
 from .results import Completion, FinishReason, Source, Usage, metrics_of
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Tokenizing a longer prompt would hold up the event loop, so a thread does it.
-_LONG_PROMPT = 8192
+# Tokenizing a longer text would hold up the event loop, so a thread does it.
+LONG_TEXT = 8192
 
 
 class _Stream:
@@ -185,10 +184,13 @@ class AsyncTextStream(_Stream):
         raise StopAsyncIteration
 
     async def collect(self, on_token: Callable[[str], Any] | None = None) -> Completion:
-        """Read to the end. `on_token` gets each piece; if it returns False, that is the end."""
+        """Read to the end. `on_token`, which may be `async`, can end it by returning False."""
         async with self:
             async for piece in self:
-                if on_token is not None and on_token(piece) is False:
+                wish = None if on_token is None else on_token(piece)
+                if hasattr(wish, "__await__"):
+                    wish = await wish
+                if wish is False:
                     break
         return self.result
 
@@ -233,7 +235,7 @@ class AsyncTextStream(_Stream):
         if self._answer.is_cancelled:
             return inbox
         try:
-            if len(self._request.prompt) > _LONG_PROMPT:
+            if len(self._request.prompt) > LONG_TEXT:
                 await settle(loop.run_in_executor(None, self._send))
             else:
                 self._send()
@@ -258,98 +260,6 @@ class AsyncTextStream(_Stream):
         if event.is_last:
             inbox.put(event)  # for another task that waits here, too
         return event
-
-
-class Crowd:
-    """Requests that are answered together. If one fails, the others are ended.
-
-    More of them than may wait in the queue are submitted as places become free.
-    """
-
-    def __init__(self, courier: Courier, requests: Iterable[Request], source: Source) -> None:
-        self._courier = courier
-        self._unsent = deque(requests)
-        self._answers = {request.id: Answer(request.id, source) for request in self._unsent}
-        self._running: set[int] = set()
-
-    def collect(self) -> list[Completion]:
-        inbox = Inbox()
-        try:
-            self._send(inbox)
-            while self._running:
-                event = inbox.get()
-                if event and self._take(event):
-                    self._send(inbox)
-        except BaseException:
-            self._abort()
-            while any(map(self._courier.carries, self._running)):
-                inbox.get(within=0.1)
-            raise
-        return self._results()
-
-    async def collect_async(self) -> list[Completion]:
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        inbox = LoopInbox(loop)
-        length = sum(len(request.prompt) for request in self._unsent)
-        is_much = length > _LONG_PROMPT or len(self._unsent) > 64
-        try:
-            while self._unsent or self._running:
-                if is_much and self._unsent:
-                    await settle(loop.run_in_executor(None, self._send, inbox))
-                else:
-                    self._send(inbox)
-                while not self._take(await inbox.get()):
-                    pass
-        except GeneratorExit:  # the coroutine is thrown away: no more waiting
-            self._abort()
-            raise
-        except BaseException:
-            self._abort()
-            await self._until_all_are_over(inbox)
-            raise
-        return self._results()
-
-    def _send(self, inbox: Inbox | LoopInbox) -> None:
-        while self._unsent:
-            request = self._unsent.popleft()
-            self._running.add(request.id)  # already now: Ctrl-C may strike on the way back
-            try:
-                self._courier.send(request, inbox)
-            except Exception as error:
-                self._running.discard(request.id)
-                if not self._running or not isinstance(error, QueueFullError):
-                    raise
-                self._unsent.appendleft(request)
-                return  # one of ours has to end first
-
-    def _take(self, event: Event) -> bool:
-        """Whether one has ended."""
-        answer = self._answers[event.request_id]
-        answer.take(event)
-        if answer.is_over:
-            self._running.discard(event.request_id)
-            answer.check()
-        return answer.is_over
-
-    async def _until_all_are_over(self, inbox: LoopInbox) -> None:
-        import asyncio
-
-        while self._running:
-            try:
-                event = await inbox.get()
-            except asyncio.CancelledError:
-                continue  # one is on its way already
-            if event.is_last:
-                self._running.discard(event.request_id)
-
-    def _abort(self) -> None:
-        for request_id in self._running:
-            self._courier.abort(request_id)
-
-    def _results(self) -> list[Completion]:
-        return [answer.result for answer in self._answers.values()]
 
 
 class Answer:

@@ -87,7 +87,10 @@ fn the_spike_s_trait_loads_generates_and_unloads() {
 fn the_other_trait_does_the_same() {
     let _alone = alone();
     let mut backend = LlamaCppBackend::default();
-    assert_eq!((backend.is_loaded(), backend.context_size(), backend.thread_count()), (false, 0, 0));
+    assert_eq!(
+        (backend.is_loaded(), backend.context_size(), backend.thread_count()),
+        (false, 0, 0)
+    );
     backend.load_model(&bundled(), 256).unwrap();
     assert_eq!((backend.is_loaded(), backend.context_size()), (true, 256));
     assert!(backend.thread_count() >= 1);
@@ -166,7 +169,7 @@ fn a_closed_context_says_that_its_model_is_gone() {
         assert_eq!(context.next_events(), []);
     }
     // The weights are still there for another one.
-    ask(&*model.create_context().unwrap(), PROMPT).unwrap();
+    ask(&model.create_context().unwrap(), PROMPT).unwrap();
 }
 
 #[test]

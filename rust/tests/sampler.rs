@@ -186,9 +186,8 @@ fn the_same_seed_gives_the_same_tokens() {
 
 #[test]
 fn what_are_no_numbers_is_refused() {
-    let error = |row: &[f32]| {
-        Sampler::new(plain(), &[], N_CTX).sample(row, &[]).unwrap_err().to_string()
-    };
+    let error =
+        |row: &[f32]| Sampler::new(plain(), &[], N_CTX).sample(row, &[]).unwrap_err().to_string();
     let expected = "internal error: non-finite logits; the weights or the context are broken";
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         assert_eq!(error(&[0.0, bad, 1.0]), expected);
@@ -221,11 +220,8 @@ fn the_presence_penalty_counts_once_and_the_frequency_penalty_each_time() {
 
 #[test]
 fn the_penalties_look_back_a_limited_way() {
-    let look_back = |penalty_last_n| GenerationConfig {
-        repeat_penalty: 2.0,
-        penalty_last_n,
-        ..greedy()
-    };
+    let look_back =
+        |penalty_last_n| GenerationConfig { repeat_penalty: 2.0, penalty_last_n, ..greedy() };
     let row = [3.0, 2.0, 0.0];
     assert_eq!(sample(look_back(0), &[0], &row, &[]), 0);
     assert_eq!(sample(look_back(2), &[0, 2, 2], &row, &[]), 0);
@@ -242,8 +238,7 @@ fn the_penalties_look_back_a_limited_way() {
 fn what_was_sampled_is_remembered_and_forgotten_again() {
     let config = GenerationConfig { presence_penalty: 2.0, penalty_last_n: 2, ..greedy() };
     let mut sampler = Sampler::new(config, &[], N_CTX);
-    let tokens: Vec<i32> =
-        (0..7).map(|_| sampler.sample(&[3.0, 2.9, 2.8], &[]).unwrap()).collect();
+    let tokens: Vec<i32> = (0..7).map(|_| sampler.sample(&[3.0, 2.9, 2.8], &[]).unwrap()).collect();
     assert_eq!(tokens, [0, 1, 2, 0, 1, 2, 0]);
 }
 

@@ -85,11 +85,8 @@ fn each_step_is_told_on_its_own_and_the_last_one_with_the_end() {
 fn a_stop_string_over_several_tokens_ends_the_text_before_it() {
     let mut engine = Engine::new(Setup::default());
     let config = GenerationConfig { stop: vec!["2 13 1".into()], ..greedy() };
-    let expected = Answer {
-        text: "11 1".into(),
-        stop: Some("2 13 1".into()),
-        ..said([11, 12, 13, 14], Stop)
-    };
+    let expected =
+        Answer { text: "11 1".into(), stop: Some("2 13 1".into()), ..said([11, 12, 13, 14], Stop) };
     assert_eq!(engine.ask(1, &[10], config), expected);
 }
 
@@ -129,10 +126,7 @@ fn a_prompt_may_be_one_shorter_than_the_context_and_gets_one_token() {
     let prompt: Vec<i32> = (1..17).collect();
     assert_eq!(engine.ask(1, &prompt[..15], greedy()), said([16], Length));
     let refused = engine.try_submit(2, &prompt, greedy()).unwrap_err();
-    assert_eq!(
-        refused.to_string(),
-        "the prompt needs 17 tokens of context, but `n_ctx` is 16"
-    );
+    assert_eq!(refused.to_string(), "the prompt needs 17 tokens of context, but `n_ctx` is 16");
     let far = engine.try_submit(3, &[1; 160], greedy()).unwrap_err();
     assert_eq!(far.to_string(), "the prompt needs 161 tokens of context, but `n_ctx` is 16");
     assert_eq!(engine.ask(4, &[1, 2, 3], greedy()), said(4..17, Length));
@@ -767,7 +761,8 @@ impl Storm {
     fn config(&mut self) -> GenerationConfig {
         use Priority::{High, Low, Normal};
         let dice = &mut self.dice;
-        let stop = if dice.u32(0..4) == 0 { vec![format!("{} {}", 3, dice.u32(1..6))] } else { vec![] };
+        let stop =
+            if dice.u32(0..4) == 0 { vec![format!("{} {}", 3, dice.u32(1..6))] } else { vec![] };
         let priority = dice.choice([High, Normal, Normal, Low]).unwrap();
         GenerationConfig { priority, stop, ..at_most(dice.i64(-1..20)) }
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import threading
 from pathlib import Path
@@ -26,7 +25,7 @@ def resident_mib() -> float:
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def slope(values: list[float]) -> float:

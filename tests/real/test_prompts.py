@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from gguf_files import string, tiny_gguf
 
+from gguf_files import string, tiny_gguf
 from tabagent_model import Model
 from tabagent_model.errors import (
     ContextLimitExceededError,
@@ -48,7 +48,7 @@ def tokens_of_length(model: Model, length: int) -> list[int]:
 
 @pytest.mark.parametrize("prompt", ["", []], ids=["no text", "no tokens"])
 def test_p01_an_empty_prompt_is_refused(model, prompt):
-    with pytest.raises(InvalidRequestError, match="`prompt` must .*at least one token"):
+    with pytest.raises(InvalidRequestError, match=r"`prompt` must .*at least one token"):
         model.generate(prompt, add_bos=False)
 
 

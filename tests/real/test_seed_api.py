@@ -55,9 +55,7 @@ def test_a_host_script_runs_unchanged():
     context = model.create_context(n_ctx=512)
     ids = context.tokenize("Hello", add_bos=True)
     assert context.detokenize(ids) == "Hello"
-    assert context.generate(ids, 10, temperature=0) == context.generate(
-        "Hello", 10, temperature=0
-    )
+    assert context.generate(ids, 10, temperature=0) == context.generate("Hello", 10, temperature=0)
     assert model.generate("Hello", max_tokens=5, temperature=0)
     assert model.unload()["was_loaded"]
     assert tabagent_model.get_cpu_variant().startswith("bitnet-")

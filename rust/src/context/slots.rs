@@ -42,11 +42,11 @@ impl Slots {
         let usable = &prompt[..prompt.len().saturating_sub(1)];
         let free = self.slots.iter().enumerate().filter(|(_, slot)| !slot.busy);
         let shared = free.map(|(index, slot)| (index, common_prefix(&slot.tokens, usable), slot));
-        // Among slots that share nothing, an unused or long idle one; a short accidental overlap
+        // Among slots that share nothing, an empty or long idle one; a short accidental overlap
         // (one begin-of-text token) is no reason to overwrite somebody's long conversation.
         let (index, cached, _) = shared.max_by_key(|(_, cached, slot)| {
             let worth = if *cached * 2 >= slot.tokens.len() { *cached } else { 0 };
-            (worth, std::cmp::Reverse(slot.released))
+            (worth, slot.tokens.is_empty(), std::cmp::Reverse(slot.released))
         })?;
         let slot = &mut self.slots[index];
         slot.busy = true;

@@ -2,7 +2,6 @@
 //! luck. What the runner has "computed" decides the next token, so a wrong cache gives wrong words.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -274,9 +273,8 @@ impl Runner for ScriptedRunner {
             state.batches.len() - 1
         };
         self.stage.changed.notify_all();
-        let is_full =
-            self.slots.iter().map(Vec::len).sum::<usize>().saturating_add(batch.len())
-                > self.setup.cells;
+        let is_full = self.slots.iter().map(Vec::len).sum::<usize>().saturating_add(batch.len())
+            > self.setup.cells;
         let trick = match (self.setup.plot)(step, batch) {
             _ if is_full => Trick::NoRoom,
             _ if self.stage.lock().is_calm => Trick::Compute,
