@@ -97,7 +97,7 @@ def _build(peers: Peers) -> None:
         _say("the source distribution of llama-cpp-python")
         folder = peers.folder / "download"
         _pip(
-            peers, "download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder),
+            peers, "download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder),
             "llama-cpp-python",
         )  # fmt: skip
         with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:

@@ -183,6 +183,21 @@ WAYS: dict[str, tuple[str, int, str]] = {
         0,
         "",
     ),
+    "an async load that has not ended": (
+        """
+        began = threading.Event()
+        def slowly(fraction):
+            began.set()
+            time.sleep(0.05)
+        async def load():
+            await AsyncModel.load(on_progress=slowly)
+        threading.Thread(target=lambda: asyncio.run(load()), daemon=True).start()
+        began.wait()
+        leaving()
+        """,
+        0,
+        "",
+    ),
     "a load that has not ended": (
         """
         began = threading.Event()

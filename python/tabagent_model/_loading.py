@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from . import _core, _log, _native
 from ._courier import Context
@@ -17,20 +17,77 @@ if TYPE_CHECKING:
 
     from ._core import PyModel
 
-T = TypeVar("T")
 Loaded = tuple["Context | None", "PyModel"]
 OnProgress = Callable[[float], Any]
 
 
-class _Loading:
-    """One load, made to run in a thread of its own while its waiter stays interruptible."""
+def open_model(config: ModelConfig, on_progress: OnProgress | None) -> Loaded:
+    loading = _Loading(config, on_progress)
+    loading.start()
+    try:
+        return loading.future.result()
+    except BaseException:
+        if not loading.future.done():  # Ctrl-C, before the load has ended
+            loading.give_up()
+            loading.future.add_done_callback(_discard)
+            loading.join(timeout=0.8)
+        raise
+
+
+async def open_model_async(config: ModelConfig, on_progress: OnProgress | None) -> Loaded:
+    import asyncio
+
+    loading = _Loading(config, on_progress)
+    loading.start()
+    try:
+        return await settle(asyncio.wrap_future(loading.future), loading.give_up)
+    except asyncio.CancelledError:
+        _discard(loading.future)
+        raise
+
+
+def give_up_all() -> None:
+    """At exit: a thread that returned from Rust into a Python that is gone would be an abort."""
+    global _is_exiting
+    _is_exiting = True
+    for loading in list(_underway):
+        loading.give_up()
+    for loading in list(_underway):
+        loading.join(timeout=1.0)
+
+
+class _Loading(threading.Thread):
+    """One load, in a thread of its own while its waiter stays interruptible.
+
+    It is a daemon: unlike the threads of an executor it does not keep the program from ending.
+    """
 
     def __init__(self, config: ModelConfig, on_progress: OnProgress | None) -> None:
+        from concurrent.futures import Future
+
+        super().__init__(name="tabagent-load", daemon=True)
+        self.future: Future[Loaded] = Future()
         self._config = config
         self._on_progress = on_progress
         self._is_wanted = True
+        _log.start()
+        _underway.add(self)
 
-    def __call__(self) -> Loaded:
+    def run(self) -> None:
+        try:
+            loaded = self._load()
+        except BaseException as error:
+            if not _is_exiting:  # then only daemons are waiting, and nobody wants their complaints
+                self.future.set_exception(error)
+        else:
+            self.future.set_result(loaded)
+        finally:
+            _underway.discard(self)
+
+    def give_up(self) -> None:
+        self._is_wanted = False
+
+    def _load(self) -> Loaded:
         _native.start()
         config, model = self._config, _core.PyModel()
         model.load(
@@ -52,9 +109,6 @@ class _Loading:
             raise
         return context, model
 
-    def give_up(self) -> None:
-        self._is_wanted = False
-
     def _context_of(self, model: PyModel) -> Context:
         config = self._config
         return model.create_context(
@@ -72,29 +126,8 @@ class _Loading:
         return wanted and self._is_wanted
 
 
-def open_model(config: ModelConfig, on_progress: OnProgress | None) -> Loaded:
-    loading = _Loading(config, on_progress)
-    future = _in_thread(loading)
-    try:
-        return future.result()
-    except BaseException:
-        if not future.done():  # Ctrl-C, before the load has ended
-            loading.give_up()
-            future.add_done_callback(_discard)
-            _wait(future, 0.8)
-        raise
-
-
-async def open_model_async(config: ModelConfig, on_progress: OnProgress | None) -> Loaded:
-    import asyncio
-
-    loading = _Loading(config, on_progress)
-    future = _in_thread(loading)
-    try:
-        return await settle(asyncio.wrap_future(future), loading.give_up)
-    except asyncio.CancelledError:
-        _discard(future)
-        raise
+_underway: set[_Loading] = set()
+_is_exiting = False
 
 
 def _discard(future: Future[Loaded]) -> None:
@@ -104,28 +137,3 @@ def _discard(future: Future[Loaded]) -> None:
         if context is not None:
             context.close()
         model.unload()
-
-
-def _in_thread(function: Callable[[], T]) -> Future[T]:
-    """A thread that does not keep the program from ending, unlike those of an executor."""
-    from concurrent.futures import Future
-
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    _log.start()
-    threading.Thread(target=run, name="tabagent-load", daemon=True).start()
-    return future
-
-
-def _wait(future: Future[Any], seconds: float) -> None:
-    from concurrent.futures import wait
-
-    wait([future], timeout=seconds)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, overload
 
-from . import _core, _courier, _log
+from . import _core, _courier, _loading, _log
 from ._courier import Context, Courier, Request
 from ._crowd import Crowd
 from ._loading import OnProgress, open_model, open_model_async
@@ -442,6 +442,7 @@ async def _in_executor(function: Callable[[], T]) -> T:
 
 @atexit.register
 def _at_exit() -> None:
+    _loading.give_up_all()
     _courier.close_all()
     _log.stop()
 

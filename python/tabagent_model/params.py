@@ -115,6 +115,7 @@ class ModelConfig(_Config):
     vocab_only: bool = False
     """Open the tokenizer only; nothing can be generated."""
     warmup: bool = True
+    """At present the engine always decodes once when it is loaded, whatever this says."""
 
     def validate(self) -> Self:
         _path(self, "model_path")

@@ -187,7 +187,7 @@ class AsyncTextStream(_Stream):
         """Read to the end. `on_token`, which may be `async`, can end it by returning False."""
         async with self:
             async for piece in self:
-                wish = None if on_token is None else on_token(piece)
+                wish: Any = None if on_token is None else on_token(piece)
                 if hasattr(wish, "__await__"):
                     wish = await wish
                 if wish is False:

@@ -635,7 +635,7 @@ fn generate_stops_when_its_caller_is_interrupted_meanwhile() {
     let engine = Engine::new(one_slot());
     let stage = engine.stage.clone();
     let interrupted = || {
-        stage.let_through(1);
+        stage.open();
         false
     };
     let text = engine.context.generate(prompt_of_10(), greedy(), |_| true, interrupted);
@@ -677,7 +677,10 @@ fn a_callback_may_close_the_context() {
 fn a_callback_that_panics_ends_its_request() {
     let engine = Engine::new(Setup { gate: Some(1), n_slots: 1, ..Setup::default() });
     let context = &engine.context;
-    let panics = |_: &str| panic!("the script says so");
+    let panics = |_: &str| {
+        engine.stage.wait_for_batch(2);
+        panic!("the script says so")
+    };
     let generate = || context.generate(prompt_of_10(), greedy(), panics, || true);
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(generate)).unwrap_err();
     engine.stage.open();
