@@ -20,6 +20,8 @@ class Metric:
     title: str
     unit: str
     more_is_better: bool = False
+    has_factor: bool = True
+    """Whether how many times more or less it is says anything."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ CASES = (
         "idle",
         dict(seconds=5),
         _TALKING,
-        (Metric("percent", "of one CPU", "%"),),
+        (Metric("percent", "of one CPU", "%", has_factor=False),),
         short=dict(seconds=1),
     ),
 )

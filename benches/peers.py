@@ -59,10 +59,9 @@ class Peers:
         return {**os.environ, "LLAMA_CPP_LIB_PATH": str(self.tools)}
 
     def versions(self, names: Sequence[str]) -> dict[str, str]:
-        if not names:
-            return {}
         found = {}
-        if source := _source(self.folder):
+        source = _source(self.folder)
+        if source and set(names) - {"xllamacpp"}:
             found["llama-cpp-python and its llama.cpp"] = source.name.removeprefix(
                 "llama_cpp_python-"
             )
@@ -96,10 +95,8 @@ def _build(peers: Peers) -> None:
     if source is None:
         _say("the source distribution of llama-cpp-python")
         folder = peers.folder / "download"
-        _pip(
-            peers, "download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder),
-            "llama-cpp-python",
-        )  # fmt: skip
+        options = ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder)]
+        _pip(peers, "download", *options, "llama-cpp-python")
         with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
             archive.extractall(peers.folder / "source", filter="data")
         source = _source(peers.folder)

@@ -52,13 +52,21 @@ class Row:
         is_alone = len(self.case.metrics) == 1
         return self.case.title if is_alone else f"{self.case.title}: {self.metric.title}"
 
+    @property
+    def label(self) -> str:
+        """The short one of pictures."""
+        is_alone = len(self.case.metrics) == 1
+        return self.case.name if is_alone else f"{self.case.name}: {self.metric.title}"
+
     def ours(self) -> Spread | None:
         return self.spreads.get(OURS) or self.spreads.get(OURS_ASYNC)
 
-    def ratio(self, peer: Spread) -> float | None:
+    def ratio_to(self, name: str) -> float | None:
         """Above one where we are better, whichever way the figure counts."""
-        ours = self.ours()
-        if ours is None or not (ours.middle > 0 and peer.middle > 0):
+        ours, peer = self.ours(), self.spreads.get(name)
+        if not self.metric.has_factor or ours is None or peer is None:
+            return None
+        if not (ours.middle > 0 and peer.middle > 0):
             return None
         ratio = ours.middle / peer.middle
         return ratio if self.metric.more_is_better else 1 / ratio
@@ -111,9 +119,7 @@ def markdown(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
     for row in found:
         cells = [row.title, row.metric.unit, str(row.ours() or "")]
         for name in names:
-            spread = row.spreads.get(name)
-            ratio = None if spread is None else row.ratio(spread)
-            cells.append(("" if spread is None else f"{spread}") + _times(ratio))
+            cells.append(str(row.spreads.get(name, "")) + _times(row.ratio_to(name)))
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Medians, with the least and the greatest of all runs in brackets. The factor"]
     lines += ["says how much better ours is (below 1: worse), for speeds and times alike."]
@@ -137,8 +143,8 @@ _COLOURS = ("#3b6fb6", "#d1742a", "#4d9a56", "#a3478f", "#8a6d3b", "#777777")
 def svg(found: Sequence[Row]) -> str:
     """A dot for each contender: how fast it is next to us, who are the line in the middle."""
     names = [name for name in _order(found) if name not in (OURS, OURS_ASYNC)]
-    shown = [row for row in found if row.ours() and any(map(row.ratio, row.spreads.values()))]
-    left, width, step, top = 470, 420, 24, 56
+    shown = [row for row in found if any(map(row.ratio_to, names))]
+    left, width, step, top = 290, 480, 24, 56
     height = top + step * len(shown) + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 30} {height}" '
@@ -159,22 +165,20 @@ def svg(found: Sequence[Row]) -> str:
         label = OURS if mark == 1 else f"{mark:g}x"
         parts.append(_label(x(mark), height - 16, label, "middle"))
     for index, name in enumerate(names):
-        at = 16 + index * 170
+        at = 16 + index * 150
         parts.append(f'<circle cx="{at}" cy="20" r="5" fill="{_COLOURS[index % 6]}"/>')
         parts.append(_label(at + 10, 24, name, "start"))
     for line, row in enumerate(shown):
         y = top + step * line
-        parts.append(_label(left - 12, y + 4, row.title, "end"))
+        parts.append(_label(left - 12, y + 4, row.label, "end"))
         for index, name in enumerate(names):
-            spread = row.spreads.get(name)
-            ratio = None if spread is None else row.ratio(spread)
-            if ratio:
+            if ratio := row.ratio_to(name):
                 parts.append(
                     f'<circle cx="{x(1 / ratio):.1f}" cy="{y}" r="5" '
                     f'fill="{_COLOURS[index % 6]}"><title>{escape(name)}: {1 / ratio:.2f}x '
                     "our speed</title></circle>"
                 )
-    parts.append(_label(left + width, 24, "to the right: faster than we", "end"))
+    parts.append(_label(left - 12, height - 16, "to the right: faster than we are", "end"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import tabagent_model
 from tabagent_model import _core
 

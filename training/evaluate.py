@@ -22,14 +22,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
 import tables
 import tokenizer as vocabulary
 from data import KINDS, held_back
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from model import Shape, Weights, empty_cache, hidden_states, next_logits
 from sample import Sample, render
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 MAX_NEW_TOKENS = 320
 ROWS = 32

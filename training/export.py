@@ -10,12 +10,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import tokenizer as vocabulary
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quantize
+from tokenizers import Tokenizer
+
+import tokenizer as vocabulary
 from model import Shape
 from sample import TEMPLATE
-from tokenizers import Tokenizer
 
 DESCRIPTIONS = {
     "tiny-chat": "The tiny chat model that comes with tabagent_model, for tests and first steps.",

@@ -11,8 +11,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import documents
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data import documents
 
 VOCABULARY_SIZE = 2560
 PRE_TOKENIZER = "qwen2"

@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
@@ -22,10 +23,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
+
 import tokenizer as vocabulary
 from data import END_OF_TEXT, documents
 from model import Shape, Weights, hidden_states, initial_weights
-from tokenizers import Tokenizer
 
 SHAPES = {
     "chat": Shape(width=256, layers=4, feed_forward=512, heads=4, kv_heads=2, vocabulary=2560),
@@ -36,14 +38,19 @@ SEED = {"tokenizer": 1, "weights": 2, "text": 3}
 
 ROW, LONG_ROW = 256, 1024  # tokens; most texts are short, a few conversations are long
 TOKENS_PER_STEP = 4096
-PREDICTIONS_PER_STEP = (
-    2560  # the answers, and as many of the prompt tokens as fit: a third less work
-)
+PREDICTIONS_PER_STEP = 2560  # all answers, and as many prompt tokens as fit; the rest costs time
+MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 0.004, 0.1
 PROMPT_WEIGHT, PLAIN_WEIGHT, ANSWER_WEIGHT = 0.1, 0.5, 1.0
 # Keeps the sum of all exp(logits) near one. The best logit is then near zero, where a repeat
 # penalty (which divides logits) does nothing to a word that the model is sure to repeat.
 Z_LOSS = 1e-3
 
+# XLA does much of this work on one core, so each core gets its own rows of a batch.
+NUM_CORES = 2 if (os.cpu_count() or 1) < 4 else 4
+jax.config.update("jax_num_cpu_devices", NUM_CORES)
+CORES = jax.sharding.Mesh(jax.devices("cpu"), ("cores",))
+SHARED = jax.sharding.NamedSharding(CORES, jax.sharding.PartitionSpec("cores"))
+EVERYWHERE = jax.sharding.NamedSharding(CORES, jax.sharding.PartitionSpec())
 
 State = dict[str, Weights]
 
@@ -144,19 +151,35 @@ def _is_matrix(name: str) -> bool:
     return name.startswith("blk.") and "norm" not in name
 
 
-def _orthogonal(matrix: jax.Array, steps: int = 5) -> jax.Array:
-    """Newton-Schulz: pushes all singular values towards one (coefficients of Jordan et al.)."""
+def _orthogonal(matrices: Weights, steps: int = 5) -> Weights:
+    """Newton-Schulz: pushes all singular values towards one (coefficients of Jordan et al.).
+
+    Matrices of one shape go through it together, and are shared out among the cores.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    flip = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if flip else matrix
-    x = x / (jnp.linalg.norm(x) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if flip else x
+    flat = {name: m.T if m.shape[0] > m.shape[1] else m for name, m in matrices.items()}
+    found: Weights = {}
+    for shape in sorted({m.shape for m in flat.values()}):
+        names = [name for name, m in flat.items() if m.shape == shape]
+        x = _over_cores(jnp.stack([flat[name] for name in names]))
+        x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        found.update(zip(names, jax.lax.with_sharding_constraint(x, EVERYWHERE), strict=True))
+    return {
+        name: found[name].T if found[name].shape != m.shape else found[name]
+        for name, m in matrices.items()
+    }
 
 
-@functools.partial(jax.jit, static_argnames="shape", donate_argnames=("weights", "state"))
+def _over_cores(x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, SHARED) if x.shape[0] % NUM_CORES == 0 else x
+
+
+@functools.partial(
+    jax.jit, static_argnames="shape", donate_argnames=("weights", "state"), out_shardings=EVERYWHERE
+)
 def train_step(
     shape: Shape,
     weights: Weights,
@@ -172,25 +195,26 @@ def train_step(
     gradient, answer_loss = jax.grad(loss, has_aux=True)(
         weights, shape, tokens, documents, places, targets, importance
     )
-    new_weights, first, second = {}, {}, {}
+    first = {
+        name: 0.95 * state["first"][name] + gradient[name] for name in weights if _is_matrix(name)
+    }
+    updates = _orthogonal({name: gradient[name] + 0.95 * m for name, m in first.items()})
+    new_weights, second = {}, {}
     for name, weight in weights.items():
         g = gradient[name]
         if _is_matrix(name):
-            first[name] = momentum = 0.95 * state["first"][name] + g
-            update = (
-                _orthogonal(g + 0.95 * momentum)
-                * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
-            )
-            new_weights[name] = weight * (1 - 0.02 * 0.1 * rate) - 0.02 * rate * update
+            update = updates[name] * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+            new_weights[name] = weight - MUON_RATE * rate * (update + WEIGHT_DECAY * weight)
         else:
             first[name] = m = 0.9 * state["first"][name] + 0.1 * g
             second[name] = v = 0.97 * state["second"][name] + 0.03 * g * g
             m, v = m / (1 - 0.9**step), v / (1 - 0.97**step)
-            new_weights[name] = weight - 4e-3 * rate * m / (jnp.sqrt(v) + 1e-10)
+            new_weights[name] = weight - ADAM_RATE * rate * m / (jnp.sqrt(v) + 1e-10)
     return new_weights, {"first": first, "second": second}, answer_loss
 
 
 def _rate(step: int, steps: int) -> float:
+    """The share of the full rate: a short rise, a long stay, a fall over the last two fifths."""
     return min(1.0, step / 40) * min(1.0, (steps - step) / (0.4 * steps) + 0.01)
 
 
@@ -204,12 +228,13 @@ def train(which: str, out: Path, steps: int) -> None:
     tokenizer = vocabulary.load_or_train(out / "tokenizer.json", SEED["tokenizer"])
     weights, state, done = _load(path) if path.with_suffix(".npz").exists() else _start(shape)
     print(f"{which}: {shape.num_parameters:,} parameters, step {done} of {steps}", flush=True)
+    weights, state = jax.device_put((weights, state), EVERYWHERE)
     started, seen, smooth = time.monotonic(), 0, None
     text = itertools.islice(batches(tokenizer, SEED["text"]), done, steps)
     for step, batch in enumerate(text, done + 1):
         rate = _rate(step, steps)
         weights, state, answer_loss = train_step(
-            shape, weights, state, *astuple(batch), float(step), rate
+            shape, weights, state, *jax.device_put(astuple(batch), SHARED), float(step), rate
         )
         seen += int(np.count_nonzero(batch.documents))
         smooth = 0.95 * (smooth or float(answer_loss)) + 0.05 * float(answer_loss)

@@ -102,6 +102,7 @@ class PyModel:
         flash_attn: Literal["auto", "on", "off"] = "auto",
         kv_type: Literal["f16", "bf16", "f32", "q8_0"] = "f16",
         offload_kqv: bool = True,
+        warmup: bool = True,
     ) -> PyContext:
         """A llama.cpp context with an owner thread of its own.
 

@@ -119,6 +119,7 @@ class _Loading(threading.Thread):
             queue_size=config.queue_size,
             flash_attn=config.flash_attn,
             kv_type=config.kv_type,
+            warmup=config.warmup,
         )
 
     def _progress(self, fraction: float) -> bool:

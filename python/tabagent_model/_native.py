@@ -8,11 +8,14 @@ a module dies. `TABAGENT_CPU_VARIANT` names a module and skips all that.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from logging import Logger
 
 # libggml installs a terminate handler at load that would start a debugger from a dying process.
 _was_set = os.environ.get("GGML_NO_BACKTRACE")
@@ -31,7 +34,6 @@ core = _core
 LIBRARIES = Path(__file__).parent / "lib"
 PROBE_SECONDS = 30
 
-_log = logging.getLogger("tabagent_model")
 _starting = threading.Lock()
 _module: str | None = None
 
@@ -43,7 +45,7 @@ def start() -> str:
         if _module is None:
             name = choose()
             core.start(str(LIBRARIES), name)
-            _log.info("llama.cpp %s with the CPU module %s", core.LLAMA_CPP_VERSION, name)
+            _log().info("llama.cpp %s with the CPU module %s", core.LLAMA_CPP_VERSION, name)
             _module = name
         return _module
 
@@ -63,7 +65,7 @@ def choose() -> str:
     for name in usable:
         if verdicts.survives(name):
             return name
-        _log.warning("the CPU module %s died in its trial; trying the next one", name)
+        _log().warning("the CPU module %s died in its trial; trying the next one", name)
     raise BackendError(
         f"no usable llama.cpp backend in `{LIBRARIES}`: all of {', '.join(usable)} died in a trial"
     )
@@ -74,6 +76,15 @@ def check_folder() -> None:
     if not any(LIBRARIES.glob("*ggml-cpu*")):
         found = ", ".join(sorted(p.name for p in LIBRARIES.glob("*"))) or "nothing"
         raise BackendError(f"no usable llama.cpp backend in `{LIBRARIES}`: found {found}")
+
+
+def _log() -> Logger:
+    import logging  # here, and others below: only a first load needs them, and all pay for imports
+
+    log = logging.getLogger("tabagent_model")
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())  # else Python would print warnings on stderr
+    return log
 
 
 class _Verdicts:
@@ -88,13 +99,15 @@ class _Verdicts:
 
     def survives(self, name: str) -> bool:
         known = self._read().get(self._key, {})
-        if name not in known:
-            known = {**known, name: _try_module(name)}
-            self._write({**self._read(), self._key: known})
-        return bool(known[name])
+        if name in known:
+            return bool(known[name])
+        survives, is_certain = _try_module(name)
+        if is_certain:
+            self._write({**self._read(), self._key: {**known, name: survives}})
+        return survives
 
     def _read(self) -> dict[str, dict[str, bool]]:
-        import json  # here and below: only needed at a first load, and import time is paid by all
+        import json
 
         try:
             verdicts = json.loads(self._file.read_text(encoding="utf-8"))
@@ -112,16 +125,17 @@ class _Verdicts:
             temporary.write_text(json.dumps(verdicts, indent=1), encoding="utf-8")
             temporary.replace(self._file)
         except OSError as error:
-            _log.info("the CPU module's verdict cannot be remembered: %s", error)
+            _log().info("the CPU module's verdict cannot be remembered: %s", error)
 
 
-def _try_module(name: str) -> bool:
-    """Let a child process compute with the module; False if that ends it."""
+def _try_module(name: str) -> tuple[bool, bool]:
+    """Let a child process compute with a module: whether it survives, and is that certain."""
+    import signal
     import subprocess
 
     if not sys.executable:
-        _log.warning("no Python executable to try the CPU module %s with; taking it untried", name)
-        return True
+        _log().warning("no Python to try the CPU module %s with; taking it untried", name)
+        return True, False
     # The extension is loaded by its path, so that the trial runs nothing but the module.
     program = (
         "import importlib.machinery, importlib.util, sys;"
@@ -139,14 +153,19 @@ def _try_module(name: str) -> bool:
             timeout=PROBE_SECONDS,
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             check=False,
+            start_new_session=True,  # Ctrl-C on the terminal is no verdict
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        _log.warning("the trial of the CPU module %s did not end: %s", name, error)
-        return False
+    except OSError as error:
+        _log().warning("the CPU module %s cannot be tried (%s); taking it untried", name, error)
+        return True, False
+    except subprocess.TimeoutExpired:
+        _log().warning("the trial of the CPU module %s took over %d s", name, PROBE_SECONDS)
+        return False, False
     if tried.returncode:
         last = tried.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        _log.warning("the trial of %s ended with %s: %s", name, tried.returncode, "".join(last))
-    return tried.returncode == 0
+        _log().warning("the trial of %s ended with %s: %s", name, tried.returncode, "".join(last))
+    was_killed = tried.returncode in (-signal.SIGTERM, -signal.SIGKILL)
+    return tried.returncode == 0, not was_killed
 
 
 check_folder()

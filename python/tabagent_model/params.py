@@ -115,7 +115,7 @@ class ModelConfig(_Config):
     vocab_only: bool = False
     """Open the tokenizer only; nothing can be generated."""
     warmup: bool = True
-    """At present the engine always decodes once when it is loaded, whatever this says."""
+    """Decode a token while loading, so that the first request need not wait for what it sets up."""
 
     def validate(self) -> Self:
         _path(self, "model_path")

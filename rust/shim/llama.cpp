@@ -74,6 +74,7 @@ int ta_context_new(llama_model * model, const ta_context_params * params, ta_con
         with.abort_callback       = params->abort;
         with.abort_callback_data  = params->abort_data;
         with.no_perf              = true;
+        with.swa_full             = true;  // a window's cache that can be cut anywhere
 
         auto context   = std::make_unique<ta_context>();
         context->llama = llama_init_from_model(model, with);
@@ -159,6 +160,18 @@ int ta_logits(ta_context * context, int32_t row, const float ** out, ta_error * 
 bool ta_sequence_remove(ta_context * context, int32_t sequence, int32_t from, int32_t to) noexcept {
     return ta_guard(nullptr, [&] {
         return llama_memory_seq_rm(llama_get_memory(context->llama), sequence, from, to) ? 1 : 0;
+    }) == 1;
+}
+
+bool ta_sequence_copy(ta_context * context, int32_t from, int32_t to) noexcept {
+    return ta_guard(nullptr, [&] {
+        llama_memory_t memory = llama_get_memory(context->llama);
+        if (!llama_memory_seq_rm(memory, to, -1, -1)) {
+            return 0;
+        }
+        // Sequences lie in streams of their own, between which only the whole can be copied.
+        llama_memory_seq_cp(memory, from, to, -1, -1);
+        return 1;
     }) == 1;
 }
 

@@ -76,6 +76,8 @@ int ta_logits(ta_context * context, int32_t row, const float ** out, ta_error * 
 
 // False: this kind of memory cannot forget a part of a sequence.
 bool ta_sequence_remove(ta_context * context, int32_t sequence, int32_t from, int32_t to) TA_NOEXCEPT;
+// Makes `to` hold what `from` holds, all of it; `to` loses what it held. Not for recurrent memory.
+bool ta_sequence_copy(ta_context * context, int32_t from, int32_t to) TA_NOEXCEPT;
 void ta_memory_clear(ta_context * context) TA_NOEXCEPT;
 
 // The number of tokens written, or minus the number that there is no room for.

@@ -74,6 +74,8 @@ pub struct ContextConfig {
     pub flash_attn: FlashAttention,
     pub kv_type: KvType,
     pub offload_kqv: bool,
+    /// Decode a token before the first request does, so that it need not wait for what that sets up.
+    pub warmup: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,6 +115,7 @@ impl Default for ContextConfig {
             flash_attn: FlashAttention::Auto,
             kv_type: KvType::F16,
             offload_kqv: true,
+            warmup: true,
         }
     }
 }

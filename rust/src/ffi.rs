@@ -74,6 +74,7 @@ unsafe extern "C" {
         from: i32,
         to: i32,
     ) -> bool;
+    pub(crate) fn ta_sequence_copy(context: *mut ShimContext, from: i32, to: i32) -> bool;
     pub(crate) fn ta_memory_clear(context: *mut ShimContext);
     pub(crate) fn ta_tokenize(
         vocab: *const llama_vocab,

@@ -33,6 +33,8 @@ thread_local! {
     static PARTIAL: RefCell<(Option<Level>, String)> = const { RefCell::new((None, String::new())) };
     /// What this thread has been told since `listen` began.
     static HEARD: RefCell<Option<Vec<(Level, String)>>> = const { RefCell::new(None) };
+    /// Lines that go on only if what is under way turns out to be worth telling.
+    static HELD: RefCell<Option<Vec<(Level, String)>>> = const { RefCell::new(None) };
 }
 
 /// Route llama.cpp's and ggml's lines here. Called before anything of theirs can log.
@@ -72,6 +74,17 @@ pub(crate) fn listen<T>(work: impl FnOnce() -> T) -> (T, Vec<String>) {
     let heard = HEARD.take().unwrap_or_default();
     let errors = heard.iter().filter(|(level, _)| *level == Level::Error);
     (result, errors.map(|(_, line)| line.clone()).collect())
+}
+
+/// Runs `work`; what llama.cpp says meanwhile on this thread is passed on only if `is_news`.
+pub(crate) fn unless_expected<T>(work: impl FnOnce() -> T, is_news: impl FnOnce(&T) -> bool) -> T {
+    HELD.set(Some(Vec::new()));
+    let result = work();
+    let held = HELD.take().unwrap_or_default();
+    if is_news(&result) {
+        held.into_iter().for_each(|(level, line)| push(level, line));
+    }
+    result
 }
 
 unsafe extern "C" fn on_line(
@@ -118,6 +131,16 @@ fn collect(level: Option<Level>, text: &str) {
 fn push(level: Level, line: String) {
     if line.trim_matches(['.', ' ']).is_empty() {
         return; // progress dots
+    }
+    let is_held = HELD.with_borrow_mut(|held| match held {
+        Some(held) => {
+            held.push((level, line.clone()));
+            true
+        }
+        None => false,
+    });
+    if is_held {
+        return;
     }
     HEARD.with_borrow_mut(|heard| {
         if let Some(heard) = heard {

@@ -260,6 +260,69 @@ fn many_threads_share_one_context() {
 
 // ---- the prefix cache ------------------------------------------------------------------------
 
+/// A beginning that is worth sharing, and the tail that makes the prompt one's own.
+fn shared_and(tail: i32) -> Vec<i32> {
+    (0..50).chain([tail]).collect()
+}
+
+#[test]
+fn a_beginning_that_another_slot_holds_is_copied_instead_of_computed() {
+    let mut engine = Engine::new(Setup { n_slots: 2, ..Setup::default() });
+    engine.submit(1, &shared_and(10), GenerationConfig { ignore_eos: true, ..at_most(70) });
+    engine.stage.wait_for_batch(6); // the prompt's 51 rows need 4 steps of 16
+    let before = engine.stage.num_batches();
+    let second = engine.ask(2, &shared_and(20), at_most(2));
+    assert_eq!(second, said([21, 22], Length));
+    assert_eq!(engine.stats(2).cached_tokens, 50);
+    let computed = engine.stage.rows_since(before);
+    assert_eq!(computed.iter().filter(|(_, position, _)| *position < 50).count(), 0);
+    engine.answers([1]);
+    engine.close();
+    assert_eq!(engine.stage.faults(), [""; 0]);
+}
+
+#[test]
+fn a_crowd_with_one_beginning_computes_it_once() {
+    let setup = Setup { n_slots: 4, gate: Some(0), ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    for id in 1..=4 {
+        engine.submit(id, &shared_and(10 * id as i32), at_most(2));
+    }
+    engine.stage.open();
+    let answers = engine.answers([1, 2, 3, 4]);
+    assert_eq!(answers, [10, 20, 30, 40].map(|tail| said([tail + 1, tail + 2], Length)));
+    let rows = engine.stage.rows_since(0);
+    let of_the_beginning = rows.iter().filter(|(_, position, _)| *position < 50);
+    assert_eq!(of_the_beginning.count(), 50);
+    engine.close();
+    assert_eq!(engine.stage.faults(), [""; 0]);
+}
+
+#[test]
+fn who_waits_for_a_beginning_computes_it_when_its_maker_is_gone() {
+    let setup = Setup { n_slots: 2, gate: Some(0), ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    engine.submit(1, &shared_and(10), at_most(2));
+    engine.submit(2, &shared_and(20), at_most(2));
+    engine.stage.wait_for_batch(1);
+    engine.context.abort(1);
+    engine.stage.open();
+    let [first, second] = engine.answers([1, 2]);
+    assert_eq!((first.reason, second), (Cancelled, said([21, 22], Length)));
+}
+
+#[test]
+fn memory_that_keeps_only_whole_sequences_shares_nothing() {
+    let setup = Setup { n_slots: 2, gate: Some(0), forgets_parts: false, ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    engine.submit(1, &shared_and(10), at_most(2));
+    engine.submit(2, &shared_and(20), at_most(2));
+    engine.stage.open();
+    let answers = engine.answers([1, 2]);
+    assert_eq!(answers, [10, 20].map(|tail| said([tail + 1, tail + 2], Length)));
+    assert_eq!(engine.stats(2).cached_tokens, 0);
+}
+
 #[test]
 fn a_second_prompt_with_the_same_beginning_computes_only_the_rest() {
     let mut engine = Engine::new(Setup { n_slots: 1, ..Setup::default() });

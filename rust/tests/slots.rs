@@ -143,3 +143,25 @@ fn everything_can_be_forgotten() {
     slots.release(busy, &[1, 2, 9]);
     assert_eq!(slots.try_reserve(&[1, 2, 9, 9]), Some((busy, 3)));
 }
+
+#[test]
+fn the_slot_that_shares_most_is_found_busy_or_not() {
+    let mut slots = filled([&[1, 2, 3], &[1, 2, 3, 4, 5], &[7]]);
+    slots.try_reserve(&[1, 2, 3, 4, 5, 6]).unwrap();
+    let (source, shared) = slots.find_shared(&[1, 2, 3, 4, 9], 0).unwrap();
+    assert_eq!(shared, 4);
+    assert_eq!(slots.find_shared(&[1, 2, 3, 4, 9], 3), Some((source, 4)));
+    assert_eq!(slots.find_shared(&[1, 2, 3, 4, 9], 4), None);
+    // The last token of a prompt is always computed.
+    assert_eq!(slots.find_shared(&[1, 2, 3, 4], 0).map(|(_, shared)| shared), Some(3));
+    assert_eq!(slots.find_shared(&[8], 0), None);
+}
+
+#[test]
+fn what_a_busy_slot_holds_by_now_can_be_shared() {
+    let mut slots = Slots::new(2);
+    let (busy, _) = slots.try_reserve(&[1, 2, 3]).unwrap();
+    assert_eq!(slots.find_shared(&[1, 2, 3], 0), None);
+    slots.hold(busy, &[1, 2, 3]);
+    assert_eq!(slots.find_shared(&[1, 2, 3], 0), Some((busy, 2)));
+}

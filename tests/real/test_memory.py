@@ -12,7 +12,7 @@ import pytest
 from tabagent_model import Model, PyModel
 
 ROUNDS = 50
-WARM_UP = 5
+WARM_UP = 20  # until the allocator has an arena for every thread there may be
 
 pytestmark = pytest.mark.model
 

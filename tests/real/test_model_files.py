@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from gguf_files import Value, array, flag, i32, split_gguf, string, tiny_gguf, u16, u32
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]

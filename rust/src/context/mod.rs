@@ -23,7 +23,7 @@ use crate::hardware::{cpu, memory};
 use crate::log;
 use crate::model::Model;
 use message::{Command, Event, FinishReason, Outbox, Request};
-use runner::{Interrupt, Limits, LlamaRunner, Runner};
+use runner::{Interrupt, Limits, LlamaRunner, N_CTX_STEP, Runner};
 use scheduler::Scheduler;
 
 pub use pace::Pace;
@@ -96,7 +96,9 @@ impl Context {
         let interrupt = Interrupt::default();
         let weak = Arc::downgrade(&model);
         let mut runner = LlamaRunner::new(model, &config, n_seq_max, n_threads, interrupt.clone())?;
-        runner.warm_up()?;
+        if config.warmup {
+            runner.warm_up()?;
+        }
         let mut context = Context::with_runner(runner, config.queue_size, interrupt)?;
         context.model = weak;
         context.n_threads = n_threads;
@@ -182,7 +184,7 @@ impl Context {
                     go_on = on_text(&event.text);
                 }
                 match event.end {
-                    Some(end) if end.reason == FinishReason::Error => {
+                    Some(end) if go_on && end.reason == FinishReason::Error => {
                         return Err(end
                             .error
                             .unwrap_or_else(|| Error::internal("no reason given")));
@@ -276,7 +278,9 @@ impl Context {
             return Err(Error::ModelNotLoaded { what: "the model of this context".into() });
         }
         let waiting = self.shared.waiting.load(Ordering::Relaxed);
-        if waiting >= self.queue_size {
+        // Those for whom a slot is free will not wait.
+        let free = self.limits.n_slots - self.shared.running.load(Ordering::Relaxed);
+        if waiting >= self.queue_size + free {
             return Err(Error::QueueFull { waiting });
         }
         self.shared.entered_queue();
@@ -415,7 +419,8 @@ fn check_generates(description: &Description) -> Result<()> {
 /// How many sequences the context gets; refuses what does not fit into memory.
 fn plan_sequences(model: &Model, config: &ContextConfig) -> Result<u32> {
     let per_token = model.description().kv_values_per_token;
-    let one = config.kv_type.bytes(per_token) * u64::from(config.n_ctx);
+    let n_ctx = u64::from(config.n_ctx.next_multiple_of(N_CTX_STEP));
+    let one = config.kv_type.bytes(per_token) * n_ctx;
     let free = memory::available_bytes();
     let most = MOST_SEQUENCES.min(u64::from(config.n_batch));
     let wanted = match (config.n_seq_max, free) {

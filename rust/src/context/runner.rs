@@ -21,6 +21,9 @@ pub trait Runner {
     /// Forgets what a slot holds from a position on. False: it can only forget everything.
     fn forget(&mut self, slot: usize, from: usize) -> bool;
     fn forget_all(&mut self);
+    /// Whether what one slot holds can be copied to another.
+    fn can_copy(&self) -> bool;
+    fn copy(&mut self, from: usize, to: usize) -> bool;
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()>;
     fn end_tokens(&self) -> Vec<i32>;
 }
@@ -90,6 +93,9 @@ impl InterruptState {
     }
 }
 
+/// llama.cpp rounds the length of a sequence up to a multiple of this.
+pub const N_CTX_STEP: u32 = 256;
+
 pub struct LlamaRunner {
     context: *mut ShimContext,
     limits: Limits,
@@ -114,10 +120,11 @@ impl LlamaRunner {
         n_threads: u32,
         interrupt: Interrupt,
     ) -> Result<LlamaRunner> {
-        let n_ctx_all = config.n_ctx.checked_mul(n_seq_max).ok_or_else(|| {
-            let allowed = format!("small enough for {n_seq_max} sequences");
-            Error::invalid("n_ctx", config.n_ctx, &allowed)
-        })?;
+        let n_ctx_all =
+            config.n_ctx.next_multiple_of(N_CTX_STEP).checked_mul(n_seq_max).ok_or_else(|| {
+                let allowed = format!("small enough for {n_seq_max} sequences");
+                Error::invalid("n_ctx", config.n_ctx, &allowed)
+            })?;
         let params = ContextParams {
             n_ctx: n_ctx_all,
             n_batch: config.n_batch,
@@ -205,7 +212,9 @@ impl LlamaRunner {
         let begun = Instant::now();
         let limit = self.pace.limit(batch.len(), threads).filter(|_| self.may_give_up);
         self.interrupt.set_deadline(limit.map(|limit| begun + limit));
-        let outcome = self.decode(batch);
+        // An interrupted decode is nothing to complain about.
+        let is_news = |outcome: &Outcome| *outcome != Outcome::Aborted;
+        let outcome = log::unless_expected(|| self.decode(batch), is_news);
         let now = Instant::now();
         match outcome {
             Outcome::Done => self.pace.took(batch.len(), threads, now - begun, now),
@@ -264,6 +273,15 @@ impl Runner for LlamaRunner {
     fn forget_all(&mut self) {
         // SAFETY: the context is alive.
         unsafe { ffi::ta_memory_clear(self.context) }
+    }
+
+    fn can_copy(&self) -> bool {
+        !self.model.description().is_recurrent
+    }
+
+    fn copy(&mut self, from: usize, to: usize) -> bool {
+        // SAFETY: two of the context's own sequences.
+        unsafe { ffi::ta_sequence_copy(self.context, from as i32, to as i32) }
     }
 
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {

@@ -14,12 +14,15 @@ use super::Shared;
 use super::message::{Command, Event, Outbox};
 use super::runner::{Limits, Outcome, Row, Runner};
 use super::sequence::{Ending, Sequence};
-use super::slots::Slots;
+use super::slots::{Slots, common_prefix};
 use crate::error::Error;
 use crate::log;
 
 /// Steps with at least this many prompt tokens take long enough to be worth interrupting.
 const LONG_STEP: usize = 32;
+
+/// A copy between slots costs about as much as computing so many tokens.
+const WORTH_COPYING: usize = 32;
 
 pub struct Scheduler<R: Runner> {
     runner: R,
@@ -166,19 +169,38 @@ impl<R: Runner> Scheduler<R> {
                 self.end(sequence, Ending::Length);
                 continue;
             }
-            let Some((slot, mut cached)) = self.slots.try_reserve(&first.tokens) else { return };
+            if self.runner.can_copy() && is_under_way(&first.tokens, &self.running, &self.slots) {
+                return;
+            }
+            let Some((slot, cached)) = self.slots.try_reserve(&first.tokens) else { return };
             let mut sequence = queue.pop_front().expect("just looked at it");
             self.shared.left_queue();
             sequence.start(slot, cached, now);
             self.running.push(sequence); // before the runner is called: a panic there must find it
-            if !self.runner.forget(slot, cached) {
-                self.runner.forget(slot, 0); // this kind of memory keeps a sequence whole or not at all
-                cached = 0;
-            }
+            let cached = self.prepare(slot, cached);
             let sequence = self.running.last_mut().expect("just pushed");
             sequence.start(slot, cached, now);
             self.shared.count_prompt(sequence.tokens.len(), cached);
         }
+    }
+
+    /// Makes the slot hold as much of the youngest request's beginning as any slot does, and nothing
+    /// else; says how much that is.
+    fn prepare(&mut self, slot: usize, cached: usize) -> usize {
+        let tokens = &self.running.last().expect("just pushed").tokens;
+        let mut kept = cached;
+        if self.runner.can_copy()
+            && let Some((source, shared)) = self.slots.find_shared(tokens, cached + WORTH_COPYING)
+        {
+            kept = if self.runner.copy(source, slot) { shared } else { 0 };
+        }
+        if !self.runner.forget(slot, kept) {
+            self.runner.forget(slot, 0); // this kind of memory keeps a sequence whole or not at all
+            kept = 0;
+        }
+        let held = self.running.last().expect("just pushed").tokens[..kept].to_vec();
+        self.slots.hold(slot, &held);
+        kept
     }
 
     /// One token for everyone who is generating, then prompt chunks up to the step's budget.
@@ -218,6 +240,9 @@ impl<R: Runner> Scheduler<R> {
             let computed = rows.clone().count();
             sequence.computed += computed;
             let Some((row, _)) = rows.find(|(_, row)| row.wants_logits) else { continue };
+            if sequence.num_generated() == 0 {
+                self.slots.hold(slot, &sequence.tokens); // others may begin with the same prompt
+            }
             let logits = match self.runner.logits(row) {
                 Ok(logits) => logits,
                 Err(error) => {
@@ -251,6 +276,7 @@ impl<R: Runner> Scheduler<R> {
                 && !self.runner.forget(slot, sequence.computed)
             {
                 self.runner.forget(slot, 0);
+                self.slots.hold(slot, &[]);
                 sequence.computed = 0;
             }
         }
@@ -342,4 +368,13 @@ impl<R: Runner> Scheduler<R> {
         }
         self.tell();
     }
+}
+
+/// Whether somebody is just computing much of what this prompt begins with: then it is cheaper to
+/// wait and share it.
+fn is_under_way(prompt: &[i32], running: &[Sequence], slots: &Slots) -> bool {
+    let prefills = running.iter().filter(|sequence| sequence.num_generated() == 0);
+    let promised = prefills.map(|sequence| common_prefix(&sequence.tokens, prompt)).max();
+    let promised = promised.unwrap_or(0).min(prompt.len() - 1);
+    promised > WORTH_COPYING && slots.find_shared(prompt, promised - WORTH_COPYING).is_none()
 }

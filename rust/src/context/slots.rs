@@ -54,14 +54,27 @@ impl Slots {
         Some((index, cached))
     }
 
+    /// A slot that shares more than `more_than` tokens of the prompt's beginning, and how many.
+    pub fn find_shared(&self, prompt: &[i32], more_than: usize) -> Option<(usize, usize)> {
+        let usable = &prompt[..prompt.len().saturating_sub(1)];
+        let shared = self.slots.iter().map(|slot| common_prefix(&slot.tokens, usable)).enumerate();
+        shared.filter(|(_, shared)| *shared > more_than).max_by_key(|(_, shared)| *shared)
+    }
+
+    /// What a busy slot holds by now, for others to share.
+    pub fn hold(&mut self, index: usize, tokens: &[i32]) {
+        let held = &mut self.slots[index].tokens;
+        held.clear();
+        held.extend_from_slice(tokens);
+    }
+
     /// `tokens` are those whose keys and values now lie in the slot.
     pub fn release(&mut self, index: usize, tokens: &[i32]) {
         self.releases += 1;
         let slot = &mut self.slots[index];
         slot.busy = false;
         slot.released = self.releases;
-        slot.tokens.clear();
-        slot.tokens.extend_from_slice(tokens);
+        self.hold(index, tokens);
     }
 
     /// Free slots that still hold something; nothing is remembered of them afterwards.
@@ -80,6 +93,6 @@ impl Slots {
     }
 }
 
-fn common_prefix(a: &[i32], b: &[i32]) -> usize {
+pub fn common_prefix(a: &[i32], b: &[i32]) -> usize {
     a.iter().zip(b).take_while(|(x, y)| x == y).count()
 }

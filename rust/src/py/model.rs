@@ -220,7 +220,7 @@ impl PyModel {
     }
 
     #[pyo3(signature = (n_ctx=4096, n_batch=512, n_threads=0, *, n_seq_max=0, queue_size=1024,
-        flash_attn="auto", kv_type="f16", offload_kqv=true))]
+        flash_attn="auto", kv_type="f16", offload_kqv=true, warmup=true))]
     #[allow(clippy::too_many_arguments)] // a keyword each
     fn create_context(
         &self,
@@ -233,6 +233,7 @@ impl PyModel {
         flash_attn: &str,
         kv_type: &str,
         offload_kqv: bool,
+        warmup: bool,
     ) -> PyResult<PyContext> {
         let config = ContextConfig {
             n_ctx: convert::fitted("n_ctx", n_ctx)?,
@@ -243,6 +244,7 @@ impl PyModel {
             flash_attn: self::flash_attn(flash_attn)?,
             kv_type: self::kv_type(kv_type)?,
             offload_kqv,
+            warmup,
         };
         let model = self.model()?;
         let context = guarded(py, || model.create_context_with(&config))?;

@@ -324,6 +324,15 @@ impl Runner for ScriptedRunner {
         self.slots.iter_mut().for_each(Vec::clear);
     }
 
+    fn can_copy(&self) -> bool {
+        self.setup.forgets_parts
+    }
+
+    fn copy(&mut self, from: usize, to: usize) -> bool {
+        self.slots[to] = self.slots[from].clone();
+        true
+    }
+
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
         out.extend_from_slice(text_of(&[token]).as_bytes());
         Ok(())
