@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from . import Model, TabAgentModelError, _native
@@ -64,14 +65,17 @@ def doctor() -> None:
     core = _native.core
     cpu = core.detect_cpu()
     usable = [name for name, _ in core.cpu_modules(str(_native.LIBRARIES))]
+    how = "named by TABAGENT_CPU_VARIANT" if "TABAGENT_CPU_VARIANT" in os.environ else "tried"
     facts = {
         "tabagent_model": core.__version__,
         "llama.cpp": core.LLAMA_CPP_VERSION,
         "processor": f"{cpu['brand']}, {cpu['physical_cores']} cores, {cpu['usable_cores']} usable",
         "CPU variant": core.get_cpu_variant(),
         "CPU modules": ", ".join(usable),
-        "CPU module in use": f"{_native.start()} (tried in a child process)",
+        "CPU module in use": f"{_native.start()} ({how})",
     }
+    if dead := _native.dead_modules():
+        facts["died in a trial"] = ", ".join(dead)
     for name, fact in facts.items():
         print(f"{name:18} {fact}")
 

@@ -71,6 +71,11 @@ def choose() -> str:
     )
 
 
+def dead_modules() -> list[str]:
+    """Those that did not survive a trial here."""
+    return [name for name, survives in _Verdicts().known().items() if not survives]
+
+
 def check_folder() -> None:
     """An ImportError at once where the package's libraries are missing, not at the first load."""
     if not any(LIBRARIES.glob("*ggml-cpu*")):
@@ -97,8 +102,11 @@ class _Verdicts:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tabagent_model"
         self._file = (Path(home) if home else cache) / "cpu-modules.json"
 
+    def known(self) -> dict[str, bool]:
+        return self._read().get(self._key, {})
+
     def survives(self, name: str) -> bool:
-        known = self._read().get(self._key, {})
+        known = self.known()
         if name in known:
             return bool(known[name])
         survives, is_certain = _try_module(name)

@@ -46,7 +46,7 @@ def test_the_doctor_names_the_module_in_use():
     assert (ran.returncode, ran.stderr) == (0, "")
     facts = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines() if line[0] == "t")
     assert facts["tabagent_model"] == _native.core.__version__
-    assert f"CPU module in use  {_native.start()} " in ran.stdout
+    assert f"CPU module in use  {_native.start()} (" in ran.stdout
 
 
 def test_what_is_asked_never_becomes_a_control_token():
