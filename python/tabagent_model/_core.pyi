@@ -106,7 +106,7 @@ class PyModel:
     ) -> PyContext:
         """A llama.cpp context with an owner thread of its own.
 
-        Each of its `n_seq_max` sequences (0: as many as the memory suggests, at most 8) has room
+        Each of its `n_seq_max` sequences (0: as many as the memory suggests, at most 4) has room
         for `n_ctx` tokens, at most what the model was trained with. `n_threads=0` means the
         physical cores this process may use, at most 8.
         """

@@ -101,7 +101,7 @@ class ModelConfig(_Config):
     n_threads: int = 0
     """0: the physical cores this process may use, at most 8."""
     max_parallel: int = 0
-    """Requests that run together; 0: as many as the memory suggests, at most 8."""
+    """Requests that run together; 0: as many as the memory suggests, at most 4."""
     queue_size: int = 1024
     """Requests that may wait for their turn."""
     gpu_layers: int | Literal["auto", "all"] = "auto"

@@ -33,8 +33,8 @@ pub use text::TextStream;
 
 /// With nothing asked for, a context has at most so many sequences, and their keys and values take
 /// at most this share of the free memory.
-const MOST_SEQUENCES: u64 = 8;
-const SHARE_OF_FREE_MEMORY: u64 = 4;
+const MOST_SEQUENCES: u64 = 4;
+const SHARE_OF_FREE_MEMORY: u64 = 8;
 
 pub struct Context {
     model: Weak<Model>,

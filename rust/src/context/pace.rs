@@ -6,7 +6,8 @@
 
 use std::time::{Duration, Instant};
 
-/// A step this much slower than its like counts as disturbed.
+/// As long as nobody knows how long one thread takes, a step so much slower than its like counts as
+/// disturbed.
 const DISTURBED: f64 = 2.5;
 /// So many of them in a row, and a thread is taken out.
 const PATIENCE: u32 = 3;
@@ -15,7 +16,7 @@ const HOPELESS: f64 = 4.0;
 const LEAST_LIMIT: Duration = Duration::from_millis(5);
 /// What is normal may rise by so much a step: a longer context is no disturbance.
 const DRIFT: f64 = 1.01;
-const FIRST_TRIAL_AFTER: Duration = Duration::from_millis(250);
+const FIRST_TRIAL_AFTER: Duration = Duration::from_millis(100);
 const LAST_TRIAL_AFTER: Duration = Duration::from_secs(4);
 
 /// Decides before each step how many threads compute it, from how long the last ones took.
@@ -33,8 +34,10 @@ pub struct Pace {
 /// Seconds that a step takes.
 #[derive(Clone, Copy, Default)]
 struct Known {
+    /// Undisturbed, as far as one can tell.
     with_all: Option<f64>,
-    /// More threads that take longer than this are no help, whatever is normal.
+    /// The last time. More threads that take longer are no help; a context that has grown since then
+    /// looks the same, until one thread has been tried again.
     with_one: Option<f64>,
 }
 
@@ -69,7 +72,7 @@ impl Pace {
     pub fn took(&mut self, rows: usize, threads: u32, elapsed: Duration, now: Instant) {
         let seconds = elapsed.as_secs_f64();
         let known = &mut self.known[like(rows)];
-        let is_slow = known.is_slow(seconds, threads, self.most);
+        let is_slow = known.is_slow(seconds, threads);
         known.learn(seconds, threads, self.most);
         match (self.is_trial, is_slow) {
             (true, _) => self.judge_trial(!is_slow, now),
@@ -97,9 +100,9 @@ impl Pace {
     /// All threads were tried again while some were out.
     fn judge_trial(&mut self, is_fine: bool, now: Instant) {
         self.is_trial = false;
-        self.num_slow = 0;
         if is_fine {
             self.threads = self.most;
+            self.num_slow = 0;
             self.trial_at = None;
             self.trial_after = FIRST_TRIAL_AFTER;
         } else {
@@ -110,21 +113,18 @@ impl Pace {
 }
 
 impl Known {
-    fn is_slow(&self, seconds: f64, threads: u32, most: u32) -> bool {
-        let beyond = |limit: Option<f64>| limit.is_some_and(|limit| seconds > limit);
-        // Fewer threads are slower by themselves.
-        let share = f64::from(most) / f64::from(threads);
-        let is_worse_than_one = threads > 1 && beyond(self.with_one);
-        is_worse_than_one || beyond(self.with_all.map(|normal| normal * share * DISTURBED))
+    fn is_slow(&self, seconds: f64, threads: u32) -> bool {
+        let limit = self.with_one.or_else(|| Some(self.with_all? * DISTURBED));
+        threads > 1 && limit.is_some_and(|limit| seconds > limit)
     }
 
     fn learn(&mut self, seconds: f64, threads: u32, most: u32) {
-        let lowest = |known: Option<f64>| Some(known.map_or(seconds, |k| (k * DRIFT).min(seconds)));
         if threads == 1 {
-            self.with_one = lowest(self.with_one);
+            self.with_one = Some(seconds);
         }
         if threads == most {
-            self.with_all = lowest(self.with_all);
+            let normal = self.with_all.map_or(seconds, |normal| (normal * DRIFT).min(seconds));
+            self.with_all = Some(normal);
         }
     }
 }
