@@ -5,7 +5,6 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyMapping, PyString};
 
@@ -112,14 +111,8 @@ fn whole<'py, T: for<'a> FromPyObject<'a, 'py>>(
     name: &str,
     value: &Bound<'py, PyAny>,
 ) -> PyResult<T> {
-    let extracted = if value.is_instance_of::<PyBool>() { None } else { value.extract().ok() };
-    extracted.ok_or_else(|| {
-        let is_large =
-            value.extract::<i64>().is_err_and(|e| e.is_instance_of::<PyOverflowError>(value.py()));
-        let allowed =
-            if is_large { "a whole number of 64 bits" } else { "a whole number in range" };
-        exception(&Error::invalid(name, shown(value), allowed))
-    })
+    let number = if value.is_instance_of::<PyBool>() { None } else { value.extract().ok() };
+    number.ok_or_else(|| exception(&Error::invalid(name, shown(value), "a whole number in range")))
 }
 
 /// A number of Python's as one of ours; whether it makes sense is checked with the rest.
