@@ -30,7 +30,7 @@ lint: $(VENV)/installed-for-tests
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest tabagent_model._core --ignore-disjoint-bases
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m benches
 
 docs:

@@ -36,13 +36,15 @@ def main() -> int:
         for case in CASES:
             print(f"{case.name:15} {case.title}")
         return 0
+    if asked.cpu:
+        asked.anyway, asked.threads = True, 1
     cases = _cases(asked)
     contenders = _contenders(asked)
     installed = peers.install([c.engine for c in contenders if c.engine in peers.NAMES])
     if not asked.anyway:
         _wait_for_quiet()
     facts = _facts(asked, contenders, installed)
-    bench = Bench(installed, asked.threads, asked.rounds)
+    bench = Bench(installed, asked.threads, asked.rounds, tries=1 if asked.anyway else 3)
     results: list[report.Result] = []
     folder = asked.out or peers.cache() / "results" / time.strftime("%Y-%m-%d-%H%M")
     text = ""
@@ -77,6 +79,8 @@ class Bench:
     installed: peers.Peers
     threads: int
     rounds: int
+    tries: int
+    """How often a run is repeated, at most, in which somebody else computed."""
 
     def measure(self, case: Case, contenders: Sequence[Contender]) -> report.Result:
         there = [c for c in contenders if c.engine in case.engines]
@@ -104,9 +108,9 @@ class Bench:
     def _undisturbed(
         self, case: Case, contender: Contender, model: Path, number: int
     ) -> dict[str, float]:
-        """The first of three runs in which nobody else computed, or the quietest of them."""
+        """The first run in which nobody else computed, or the quietest of all."""
         tries = []
-        for _ in range(3):
+        for _ in range(self.tries):
             with machine.disturbance() as noise:
                 figures = self._run(case, contender, model, number)
             tries.append({**figures, "others_cpus": noise.cpus, "disturbed": noise.is_too_much})
@@ -169,6 +173,11 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=machine.num_cores())
     parser.add_argument("--out", type=Path, help="a folder for the results")
     parser.add_argument("--anyway", action="store_true", help="measure on a busy machine, too")
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="tokens per CPU second on one thread: for machines that are never quiet",
+    )
     parser.add_argument("--list", action="store_true", help="list the cases")
     return parser
 
@@ -180,10 +189,13 @@ def _cases(asked: argparse.Namespace) -> list[Case]:
         raise SystemExit(f"no case is called `{unknown[0]}`; there are {', '.join(by_name)}")
     chosen = [by_name[name] for name in asked.cases]
     if asked.full and not chosen:
-        return list(CASES)
-    if chosen and not asked.quick:
-        return chosen
-    return [case.shortened() for case in chosen or CASES if case.short is not None or chosen]
+        chosen = list(CASES)
+    elif asked.quick or not chosen:
+        chosen = [c.shortened() for c in chosen or CASES if c.short is not None or chosen]
+    if asked.cpu:
+        by_cpu = ("decode", "prefill", "crowd", "event_loop")
+        return [case.by_cpu_time() for case in chosen if case.job in by_cpu]
+    return chosen
 
 
 def _contenders(asked: argparse.Namespace) -> list[Contender]:

@@ -40,6 +40,12 @@ class Case:
     short: dict[str, Any] | None = field(default=None)
     """Parameters for the short run, with the tiny model; None: it is not in there."""
 
+    def by_cpu_time(self) -> Case:
+        """The same job, judged by the CPU time it takes."""
+        engines = [name for name in self.engines if name not in _OUTSIDE]
+        title = f"{self.title}, per CPU second"
+        return replace(self, title=title, engines=tuple(engines), metrics=(_CPU_RATE,))
+
     def shortened(self) -> Case:
         parameters = {**self.parameters, **(self.short or {})}
         streams = parameters.get("streams", self.streams)
@@ -50,6 +56,8 @@ class Case:
 
 _RATE = Metric("rate", "tokens/s", "tok/s", more_is_better=True)
 _FIRST = Metric("first_ms", "first token", "ms")
+_CPU_RATE = Metric("cpu_rate", "tokens per CPU second", "tok/s", more_is_better=True)
+_OUTSIDE = ("llama-bench", "llama-batched-bench")
 
 
 def _decode(name: str, model: str, depth: int = 4, tokens: int = 128, **more: Any) -> Case:

@@ -34,10 +34,22 @@ class Ask:
 class Answer:
     """When it was asked, and when each piece of text arrived in Python."""
 
-    asked: float
+    cpu_clock: Callable[[], float] = time.process_time
+    asked: float = 0.0
     pieces: list[float] = field(default_factory=list)
+    asked_cpu: float = 0.0
+    pieces_cpu: list[float] = field(default_factory=list)
+    """The same in CPU seconds of whoever answers."""
     tokens: int = 0
     prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.asked_cpu = self.cpu_clock()
+        self.asked = time.perf_counter()
+
+    def saw(self) -> None:
+        self.pieces.append(time.perf_counter())
+        self.pieces_cpu.append(self.cpu_clock())
 
     @property
     def first_s(self) -> float:
@@ -51,6 +63,11 @@ class Answer:
     def rate(self) -> float:
         """Tokens per second after the first."""
         return (self.tokens - 1) / (self.pieces[-1] - self.pieces[0])
+
+    @property
+    def cpu_rate(self) -> float:
+        """Tokens per CPU second after the first."""
+        return (self.tokens - 1) / (self.pieces_cpu[-1] - self.pieces_cpu[0])
 
     @property
     def longest_gap_s(self) -> float:
@@ -81,10 +98,10 @@ class Ours:
         self.model = Model.load(setting.model, **_our_fields(setting))
 
     def one(self, ask: Ask) -> Answer:
-        answer = Answer(time.perf_counter())
+        answer = Answer()
         with self.model.stream(ask.prompt, **_our_sampling(ask)) as pieces:
             for _ in pieces:
-                answer.pieces.append(time.perf_counter())
+                answer.saw()
         answer.tokens = pieces.usage.completion_tokens
         answer.prompt_tokens = pieces.usage.prompt_tokens
         return answer
@@ -114,10 +131,10 @@ class OursAsync:
 
     async def ask(self, ask: Ask) -> Answer:
         await asyncio.sleep(ask.after_s)
-        answer = Answer(time.perf_counter())
+        answer = Answer()
         async with self.model.stream(ask.prompt, **_our_sampling(ask)) as pieces:
             async for _ in pieces:
-                answer.pieces.append(time.perf_counter())
+                answer.saw()
         answer.tokens = pieces.usage.completion_tokens
         answer.prompt_tokens = pieces.usage.prompt_tokens
         return answer
@@ -144,13 +161,13 @@ class LlamaCppPython:
         )
 
     def one(self, ask: Ask) -> Answer:
-        answer = Answer(time.perf_counter())
+        answer = Answer()
         pieces = self.model.create_completion(
             ask.prompt, max_tokens=ask.tokens, stream=True, **SAMPLING
         )
         for piece in pieces:
             if piece["choices"][0]["text"]:
-                answer.pieces.append(time.perf_counter())
+                answer.saw()
                 answer.tokens += 1
         return answer
 
@@ -177,11 +194,11 @@ class Xllamacpp:
         self.server = xllamacpp.Server(params)
 
     def one(self, ask: Ask) -> Answer:
-        answer = Answer(time.perf_counter())
+        answer = Answer()
 
         def take(chunk: Any) -> None:
             if chunk["choices"][0]["text"]:
-                answer.pieces.append(time.perf_counter())
+                answer.saw()
             if usage := chunk.get("usage"):
                 answer.tokens = usage["completion_tokens"]
 
@@ -223,11 +240,11 @@ class LlamaServer:
 
     async def ask(self, ask: Ask) -> Answer:
         await asyncio.sleep(ask.after_s)
-        answer = Answer(time.perf_counter())
+        answer = Answer(self.cpu_seconds)
         asked = {"prompt": ask.prompt, "n_predict": ask.tokens, "stream": True, "ignore_eos": True}
         async for chunk in self._post("/completion", {**asked, **SAMPLING}):
             if chunk["content"]:
-                answer.pieces.append(time.perf_counter())
+                answer.saw()
             if chunk["stop"]:
                 answer.tokens = chunk["tokens_predicted"]
                 answer.prompt_tokens = chunk["tokens_evaluated"]

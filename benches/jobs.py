@@ -25,14 +25,23 @@ def decode(engine: Any, depth: int, tokens: int, seed: int) -> Figures:
     """One stream, after `depth` tokens of prompt."""
     _warm_up(engine)
     answer = engine.one(Ask(words(max(depth, 4), seed), tokens))
-    return {"rate": answer.rate, "longest_gap_ms": answer.longest_gap_s * 1e3}
+    return {
+        "rate": answer.rate,
+        "longest_gap_ms": answer.longest_gap_s * 1e3,
+        "cpu_rate": answer.cpu_rate,
+    }
 
 
 def prefill(engine: Any, prompt: int, seed: int) -> Figures:
     """From the call to the first piece of text, with the tokenizing and the first sample."""
     _warm_up(engine)
     answer = engine.one(Ask(words(prompt, seed), 2))
-    return {"rate": prompt / answer.first_s, "first_ms": answer.first_s * 1e3}
+    cpu_s = answer.pieces_cpu[0] - answer.asked_cpu
+    return {
+        "rate": prompt / answer.first_s,
+        "first_ms": answer.first_s * 1e3,
+        "cpu_rate": prompt / cpu_s,
+    }
 
 
 def crowd(engine: Any, streams: int, prompt: int, tokens: int, seed: int) -> Figures:
@@ -114,10 +123,12 @@ def _warm_up(engine: Any) -> None:
 
 def _crowd_figures(answers: list[Answer]) -> Figures:
     seconds = max(a.pieces[-1] for a in answers) - min(a.asked for a in answers)
+    cpu_s = max(a.pieces_cpu[-1] for a in answers) - min(a.asked_cpu for a in answers)
     firsts = [a.first_s * 1e3 for a in answers]
     return {
         "seconds": seconds,
         "rate": sum(a.tokens for a in answers) / seconds,
+        "cpu_rate": sum(a.tokens for a in answers) / cpu_s,
         "first_ms": median(firsts),
         "last_first_ms": max(firsts),
         "gap_ms": max(a.longest_gap_s for a in answers) * 1e3,

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-VERSION = 1  # counts up when the same shape becomes another file
+VERSION = 2  # counts up when the same shape becomes another file
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ SHAPES: dict[str, Shape] = {
         width=256,
         layers=10,
         feed_forward=768,
-        heads=8,
-        kv_heads=4,
+        heads=4,
+        kv_heads=2,
         vocabulary=4096,
         pre_tokenizer="llama-bpe",
         context=8192,
