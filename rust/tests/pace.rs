@@ -107,7 +107,9 @@ fn a_context_that_is_suddenly_long_costs_a_few_steps_on_one_thread() {
         pace.took(1, threads, elapsed, now);
         threads
     };
-    (0..10).for_each(|_| drop(step(10)));
+    for _ in 0..10 {
+        step(10);
+    }
     let threads: Vec<u32> = (0..100).map(|_| step(60)).collect();
     assert_eq!(threads[..7], [2, 2, 2, 1, 1, 2, 2]);
     assert_eq!(threads[5..], vec![2; 95]);
