@@ -260,6 +260,21 @@ fn many_threads_share_one_context() {
 
 // ---- the prefix cache ------------------------------------------------------------------------
 
+#[test]
+fn sequences_come_to_the_runner_in_ascending_order_without_gaps() {
+    // llama.cpp computes others in a pass of their own each.
+    let mut engine = Engine::new(Setup { n_slots: 4, gate: Some(0), ..Setup::default() });
+    for id in 1..=3 {
+        engine.submit(id, &[10 * id as i32], at_most(5));
+    }
+    engine.stage.open();
+    engine.answers([1, 2, 3]);
+    for batch in engine.stage.batches() {
+        let slots: Vec<usize> = batch.iter().map(|row| row.slot).collect();
+        assert_eq!(slots, (0..slots.len()).collect::<Vec<_>>());
+    }
+}
+
 /// A beginning that is worth sharing, and the tail that makes the prompt one's own.
 fn shared_and(tail: i32) -> Vec<i32> {
     (0..50).chain([tail]).collect()

@@ -220,6 +220,8 @@ impl<R: Runner> Scheduler<R> {
             });
             self.batch.extend(rows);
         }
+        // Only sequences in ascending order are computed together; others cost a pass each.
+        self.batch.sort_by_key(|row| row.slot);
     }
 
     fn running_ids_of_a_long_step(&self) -> Vec<u64> {

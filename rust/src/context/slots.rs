@@ -1,5 +1,7 @@
 //! Which llama.cpp sequence holds which tokens: find a prefix, reserve, release, forget.
 
+use std::cmp::Reverse;
+
 /// A slot is one llama.cpp sequence id, and the tokens whose keys and values lie in it.
 ///
 /// What a finished request left behind stays, so that the next one with the same beginning
@@ -43,10 +45,11 @@ impl Slots {
         let free = self.slots.iter().enumerate().filter(|(_, slot)| !slot.busy);
         let shared = free.map(|(index, slot)| (index, common_prefix(&slot.tokens, usable), slot));
         // Among slots that share nothing, an empty or long idle one; a short accidental overlap
-        // (one begin-of-text token) is no reason to overwrite somebody's long conversation.
-        let (index, cached, _) = shared.max_by_key(|(_, cached, slot)| {
+        // (one begin-of-text token) is no reason to overwrite somebody's long conversation. The lowest
+        // of equals: llama.cpp computes ids without gaps in one pass over the weights.
+        let (index, cached, _) = shared.max_by_key(|(index, cached, slot)| {
             let worth = if *cached * 2 >= slot.tokens.len() { *cached } else { 0 };
-            (worth, slot.tokens.is_empty(), std::cmp::Reverse(slot.released))
+            (worth, slot.tokens.is_empty(), Reverse(slot.released), Reverse(*index))
         })?;
         let slot = &mut self.slots[index];
         slot.busy = true;
