@@ -429,6 +429,23 @@ CASES: dict[str, list[Case]] = {
             "fewer types", with_token_keys(token_type=[1] * 299), CORRUPTED, ("token_type", "299")
         ),
     ],
+    # Nobody renders a template while loading, so the worst of them harms no raw completion.
+    "F22": [
+        Case(
+            name,
+            tiny(keys={"tokenizer.chat_template": string(template)}),
+            SOUND,
+            then=(("hello", None),),
+        )
+        for name, template in {
+            "syntax error": "{% for message in %}{{",
+            "endless range": "{% for i in range(10**9) %}{{ i }}{% endfor %}",
+            "macro calling itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+            "large output": "{{ 'x' * 100000000 }}",
+            "attribute access": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "not UTF-8": b"\xff\xfe",
+        }.items()
+    ],
     "F23": [
         Case("NaN", tiny(weights="nan"), SOUND, then=(("the cat", "InternalError"),)),
         Case("infinite", tiny(weights="inf"), SOUND, then=(("the cat", "InternalError"),)),
