@@ -1005,7 +1005,7 @@ fn any_byte_may_be_wrong() {
 }
 
 #[test]
-fn a_large_vocabulary_is_quick() {
+fn a_large_vocabulary_is_described_like_a_small_one() {
     let n_tokens = 150_000;
     let tokens: Vec<_> =
         (0..n_tokens).map(|number| format!("token{number}").into_bytes()).collect();
@@ -1022,12 +1022,5 @@ fn a_large_vocabulary_is_quick() {
         });
     let folder = Folder::new();
     let path = folder.file("m", &file.bytes());
-    let quickest = (0..5).map(|_| {
-        let start = std::time::Instant::now();
-        assert_eq!(inspect(&path).unwrap().n_vocab, n_tokens as u32);
-        start.elapsed().as_millis()
-    });
-    let limit = if cfg!(debug_assertions) { 2_000 } else { 100 };
-    let quickest = quickest.min().unwrap(); // of several, for a machine that is busy otherwise
-    assert!(quickest < limit, "{quickest} ms");
+    assert_eq!(inspect(&path).unwrap().n_vocab, n_tokens as u32);
 }
