@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 import tabagent_model
+from gguf_files import tiny_gguf, u32
 from tabagent_model import ModelConfig, PyContext, PyModel
 from tabagent_model.errors import (
     InternalError,
     InvalidRequestError,
     LoadCancelledError,
+    ModelCorruptedError,
     ModelNotFoundError,
     ModelNotLoadedError,
 )
@@ -108,6 +110,16 @@ def test_what_progress_raises_ends_the_load_and_is_raised():
     assert not model.is_loaded
 
 
+def test_what_only_llama_cpp_can_refuse_carries_its_own_reason(tmp_path):
+    # The header is sound, and which tensors experts need is llama.cpp's knowledge.
+    path = tmp_path / "experts.gguf"
+    tiny_gguf(path, keys={"llama.expert_count": u32(2), "llama.expert_used_count": u32(1)})
+    with pytest.raises(
+        ModelCorruptedError, match=r"llama\.cpp says: .*blk\.0\.ffn_gate_inp\.weight"
+    ):
+        PyModel().load(model_path=str(path))
+
+
 def test_nothing_works_before_loading_and_says_so():
     model = PyModel()
     for call in (model.vocab_size, model.create_context, lambda: model.generate("Hello")):
@@ -193,11 +205,10 @@ def test_unload_ends_what_runs_with_a_typed_error(model, context):
         context.tokenize("Hello")
 
 
-def test_a_context_keeps_the_weights_of_a_dropped_model():
+def test_dropping_the_model_unloads_it_and_its_context_says_so():
     model = PyModel()
     model.load(model_path=BUNDLED)
     context = model.create_context(n_ctx=256, n_seq_max=1)
-    # Dropping the handle unloads; a context that is still there then says so.
     del model
     with pytest.raises(ModelNotLoadedError):
         context.generate("Once", 3)
