@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,10 @@ import pytest
 
 from tabagent_model import AsyncModel, AsyncTextStream, Model, TextStream
 from tabagent_model.testing import ScriptedContext
+
+
+# A run in the background begins with Ctrl-C ignored, and so would the children that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Face:
