@@ -14,8 +14,7 @@ import pytest
 from tabagent_model import AsyncModel, AsyncTextStream, Model, TextStream
 from tabagent_model.testing import ScriptedContext
 
-
-# A run in the background begins with Ctrl-C ignored, and so would the children that tests interrupt.
+# A run in the background begins with Ctrl-C ignored, and so would the children of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
