@@ -13,6 +13,8 @@ MAY_IMPORT = {
     "errors": set(),
     "results": set(),
     "params": {"errors"},
+    "metrics": set(),
+    "pin": {"_courier"},
     "_native": {"_core", "errors"},
     "_log": {"_core"},
     "_courier": {"errors"},
@@ -22,7 +24,7 @@ MAY_IMPORT = {
     "_loading": {"_core", "_courier", "_log", "_native", "errors", "params", "stream"},
     "model": {
         *("_core", "_courier", "_crowd", "_loading", "_log", "_prompt"),
-        *("errors", "params", "results", "stream"),
+        *("errors", "metrics", "params", "pin", "results", "stream"),
     },
     "testing": {"errors", "params"},
 }
