@@ -8,6 +8,11 @@
 #include <stdexcept>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 // The CPU backend is a module chosen at run time, so its functions are found by name.
@@ -18,6 +23,29 @@ F cpu_function(const char * name) {
 }
 
 }  // namespace
+
+void ta_thread_computes(bool does) noexcept {
+#if defined(__linux__) && defined(SYS_sched_setattr)
+    // The first version of the kernel's sched_attr; libc has no name for it.
+    struct {
+        uint32_t size;
+        uint32_t policy;
+        uint64_t flags;
+        int32_t  nice;
+        uint32_t priority;
+        uint64_t runtime;  // of an ordinary thread: its slice in nanoseconds, 0 is the default
+        uint64_t deadline;
+        uint64_t period;
+    } attributes = {};
+    if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0 || attributes.policy > 3) {
+        return;  // somebody chose a real-time policy for this thread
+    }
+    attributes.runtime = does ? 20'000'000 : 0;
+    (void) syscall(SYS_sched_setattr, 0, &attributes, 0);
+#else
+    (void) does;
+#endif
+}
 
 struct ta_pool {
     ggml_threadpool_t threads = nullptr;
@@ -42,8 +70,10 @@ int ta_pool_new(int32_t n_threads, uint32_t poll, ta_pool ** out, ta_error * err
         ggml_threadpool_params_init(&params, n_threads);
         params.poll = poll;
 
-        auto pool     = std::make_unique<ta_pool>();
+        auto pool = std::make_unique<ta_pool>();
+        ta_thread_computes(true);
         pool->threads = make(&params);
+        ta_thread_computes(false);
         if (!pool->threads) {
             return ta_fail(error, TA_REFUSED, "the thread pool could not be created");
         }

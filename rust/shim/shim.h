@@ -34,6 +34,11 @@ struct llama_vocab;
 // Threads to compute on. One context at a time uses them; a pool outlives its contexts.
 typedef struct ta_pool ta_pool;
 
+// Lets the calling thread, and those it creates, give its core at once to whoever wakes up and has
+// little to do: it asks the kernel for long slices, and whoever has shorter ones goes first. Its share
+// of the core stays the same. Only on Linux from 6.12 on; elsewhere it does nothing.
+void ta_thread_computes(bool does) TA_NOEXCEPT;
+
 // `poll` is how long idle workers spin: 0 to 100.
 int  ta_pool_new(int32_t n_threads, uint32_t poll, ta_pool ** out, ta_error * error) TA_NOEXCEPT;
 void ta_pool_free(ta_pool * pool) TA_NOEXCEPT;

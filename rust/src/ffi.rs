@@ -47,6 +47,7 @@ pub(crate) struct ContextParams {
 }
 
 unsafe extern "C" {
+    pub(crate) fn ta_thread_computes(does: bool);
     pub(crate) fn ta_pool_new(
         n_threads: i32,
         poll: u32,

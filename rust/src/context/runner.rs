@@ -17,6 +17,8 @@ use crate::model::Model;
 /// Runs batches. The scheduler owns one and calls it from its own thread only.
 pub trait Runner {
     fn limits(&self) -> Limits;
+    /// Called once, on the thread that everything else is called on.
+    fn begin(&mut self) {}
     fn run(&mut self, batch: &[Row]) -> Outcome;
     /// The logits of one row of the last batch that wanted them.
     fn logits(&self, row: usize) -> Result<&[f32]>;
@@ -282,6 +284,11 @@ impl LlamaRunner {
 impl Runner for LlamaRunner {
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    fn begin(&mut self) {
+        // SAFETY: it changes nothing but the kernel's idea of this thread.
+        unsafe { ffi::ta_thread_computes(true) }
     }
 
     fn run(&mut self, batch: &[Row]) -> Outcome {

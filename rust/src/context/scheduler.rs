@@ -81,6 +81,7 @@ impl<R: Runner> Scheduler<R> {
     }
 
     fn live(&mut self) {
+        self.runner.begin();
         while self.hear() {
             if catch_unwind(AssertUnwindSafe(|| self.step())).is_err() {
                 self.recover();
