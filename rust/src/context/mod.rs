@@ -42,6 +42,7 @@ use state::Kind;
 pub use budget::Budget;
 pub use metrics::{Distribution, Metrics, SlotView};
 pub use pace::Pace;
+pub use pool::Turn;
 pub use sampler::Sampler;
 pub use slots::Slots;
 pub use text::TextStream;
