@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,6 +78,51 @@ def disturbance() -> Iterator[Disturbance]:
     yield found
     others = (_busy_seconds() - busy) - (_our_seconds() - ours)
     found.cpus = max(0.0, others / (time.perf_counter() - began))
+
+
+@dataclass
+class Neighbours:
+    cpus: float = 0.0
+    """What they got, all together."""
+
+
+@contextmanager
+def neighbours(nice: int, cores: int) -> Iterator[Neighbours]:
+    """Processes that compute without a pause, each held to a core of its own; 0 means all cores.
+
+    They are held there because the kernel moves a polite one out of everybody's way, as long as
+    there is a core to move it to. Whoever is measured is free to go where it likes.
+    """
+    found = Neighbours()
+    held = sorted(os.sched_getaffinity(0))[: cores or None]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _NEIGHBOUR, str(core), str(nice)], stdout=subprocess.PIPE
+        )
+        for core in held
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        before, began = _cpu_by_process(), time.perf_counter()
+        yield found
+        after, seconds = _cpu_by_process(), time.perf_counter() - began
+        found.cpus = sum(after[p.pid][0] - before[p.pid][0] for p in processes) / seconds
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+_NEIGHBOUR = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+os.nice(int(sys.argv[2]))
+print(flush=True)
+while True:
+    pass
+"""
 
 
 def _busy_seconds() -> float:

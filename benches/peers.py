@@ -18,6 +18,8 @@ from pathlib import Path
 
 NAMES = ("llama-bench", "llama-batched-bench", "llama-server", "llama-cpp-python", "xllamacpp")
 
+ATTENTIVE = ("llama-bench", "llama-batched-bench")
+"""Those who can be told how to compute attention."""
 _TOOLS = ("llama-bench", "llama-batched-bench", "llama-server")
 _SETTINGS = {
     "CMAKE_BUILD_TYPE": "Release",
