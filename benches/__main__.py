@@ -137,7 +137,8 @@ class Bench:
     def _attention(self, case: Case, contender: Contender, model: Path) -> dict[str, str]:
         """What our own context chooses for this case."""
         order = self._order(case, Contender(OURS, contender.options), model)
-        return self._run({**order, "job": "attention"})
+        chosen = self._run({**order, "job": "attention", "parameters": {}})
+        return {name: chosen[name] for name in ("flash_attn", "kv_type")}
 
     def _undisturbed(self, order: dict[str, Any]) -> dict[str, float]:
         """The first run in which nobody else computed, or the quietest of all."""
@@ -260,11 +261,11 @@ def _contenders(asked: argparse.Namespace) -> list[Contender]:
 
 def _plan(cases: Sequence[Case], contenders: Sequence[Contender], rounds: int) -> str:
     """How much there is to do, and how long that takes on two cores."""
-    runs = {case.name: sum(c.engine in case.engines for c in contenders) for case in cases}
-    minutes = sum(case.takes_s * runs[case.name] for case in cases) * rounds / 60
+    takes_s = [case.takes_s for case in cases for c in contenders if c.engine in case.engines]
+    minutes = math.ceil(sum(takes_s) * rounds / 60)
     return (
-        f"{len(cases)} cases, {sum(runs.values())} contenders in them, {rounds} rounds: "
-        f"about {math.ceil(minutes)} minutes on two quiet cores"
+        f"{len(cases)} cases, {len(takes_s)} runs in each of {rounds} rounds: "
+        f"about {minutes} minutes on two quiet cores"
     )
 
 

@@ -73,18 +73,18 @@ def beside_prefill(engine: Any, prompt: int, chat: int, chat_is_first: bool, see
     """A short chat next to somebody's long prompt: either joins the other one at its work."""
     _warm_up(engine)
     alone = engine.one(Ask(words(16, seed + _ALONE), chat))
-    gap_s = median(alone.gaps_s)
+    gap_s = 1 / alone.rate
     if chat_is_first:  # it has said a few words when the prompt comes
-        chat_after_s, prompt_after_s = 0.0, alone.first_s + 5 * gap_s
+        chat_after_s, prompt_after_s = 0.0, alone.first_s + 3 * gap_s
     else:
         chat_after_s, prompt_after_s = 0.2, 0.0
     long = Ask(words(prompt, seed + _LONG), 2, prompt_after_s)
     short = Ask(words(16, seed + _CHAT), chat, chat_after_s)
     long_answer, short_answer = engine.together([long, short])
-    if not (
-        short_answer.asked < long_answer.pieces[0] and long_answer.asked < short_answer.pieces[-1]
-    ):
-        raise RuntimeError("the chat and the long prompt never met")
+    chat_was_first = short_answer.pieces[0] < long_answer.asked < short_answer.pieces[-1]
+    prompt_was_first = long_answer.asked < short_answer.asked < long_answer.pieces[0]
+    if not (chat_was_first if chat_is_first else prompt_was_first):
+        raise RuntimeError("the chat and the long prompt did not meet as they should")
     gaps_s = short_answer.gaps_s
     return {
         "p99_factor": percentile_99(gaps_s) / gap_s,

@@ -82,6 +82,7 @@ def disturbance() -> Iterator[Disturbance]:
 
 @dataclass
 class Neighbours:
+    process_ids: list[int]
     cpus: float = 0.0
     """What they got, all together."""
 
@@ -93,7 +94,6 @@ def neighbours(nice: int, cores: int) -> Iterator[Neighbours]:
     They are held there because the kernel moves a polite one out of everybody's way, as long as
     there is a core to move it to. Whoever is measured is free to go where it likes.
     """
-    found = Neighbours()
     held = sorted(os.sched_getaffinity(0))[: cores or None]
     processes = [
         subprocess.Popen(
@@ -105,10 +105,11 @@ def neighbours(nice: int, cores: int) -> Iterator[Neighbours]:
         for process in processes:
             assert process.stdout is not None
             process.stdout.readline()
+        found = Neighbours([process.pid for process in processes])
         before, began = _cpu_by_process(), time.perf_counter()
         yield found
         after, seconds = _cpu_by_process(), time.perf_counter() - began
-        found.cpus = sum(after[p.pid][0] - before[p.pid][0] for p in processes) / seconds
+        found.cpus = sum(after[i][0] - before[i][0] for i in found.process_ids) / seconds
     finally:
         for process in processes:
             process.kill()

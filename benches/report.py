@@ -167,7 +167,13 @@ def markdown(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
     found = list(rows(results))
     lines = ["| | |", "|---|---|"]
     lines += [f"| {name} | {_fact(value)} |" for name, value in facts.items()]
-    lines += ["", *_target_table(found), *_figure_table(found)]
+    lines += ["", *_target_table(found)]
+    for group in dict.fromkeys(row.case.group for row in found):
+        lines += _figure_table([row for row in found if row.case.group == group])
+    lines += [
+        "Medians, with the least and the greatest of all runs in brackets. The factor says how"
+    ]
+    lines += ["much better ours is (below 1: worse), for speeds and times alike.", ""]
     lines += [f"- {note}" for note in _notes(results)]
     return "\n".join(lines) + "\n"
 
@@ -190,16 +196,17 @@ def _target_table(found: Sequence[Row]) -> list[str]:
 
 def _figure_table(found: Sequence[Row]) -> list[str]:
     names = [name for name in _order(found) if name not in (OURS, OURS_ASYNC)]
-    heads = ["what", "unit", OURS, *names]
+    is_ours_there = any(row.ours() for row in found)
+    heads = ["what", "unit", *([OURS] if is_ours_there else []), *names]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in found:
-        cells = [row.title, row.metric.unit, str(row.ours() or "")]
+        cells = [row.title, row.metric.unit]
+        if is_ours_there:
+            cells.append(str(row.ours() or ""))
         for name in names:
             cells.append(str(row.spreads.get(name, "")) + _times(row.ratio_to(name)))
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Medians, with the least and the greatest of all runs in brackets. The factor"]
-    lines += ["says how much better ours is (below 1: worse), for speeds and times alike.", ""]
-    return lines
+    return [*lines, ""]
 
 
 def _notes(results: Sequence[Result]) -> Iterator[str]:
