@@ -267,7 +267,7 @@ def svg(found: Sequence[Row]) -> str:
     speeds = [1 / ratio for row in shown for ratio in map(row.ratio_to, names) if ratio]
     lowest, highest = _range(speeds)
     top = 40 + 20 * math.ceil(len(names) / _LEGEND_COLUMNS)
-    height = top + _STEP * len(shown) + 40
+    height = top + _STEP * len(shown) + 56
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + 50} {height}" '
         'font-family="sans-serif" font-size="12">',
@@ -282,10 +282,10 @@ def svg(found: Sequence[Row]) -> str:
         colour, wide = ("#222", 1.5) if power == 0 else ("#ddd", 1)
         parts.append(
             f'<line x1="{x(2.0**power):.1f}" x2="{x(2.0**power):.1f}" y1="{top - 14}" '
-            f'y2="{height - 36}" stroke="{colour}" stroke-width="{wide}"/>'
+            f'y2="{height - 52}" stroke="{colour}" stroke-width="{wide}"/>'
         )
         label = "ours" if power == 0 else f"{2**power}x" if power > 0 else f"1/{2**-power}"
-        parts.append(_label(x(2.0**power), height - 20, label, "middle"))
+        parts.append(_label(x(2.0**power), height - 36, label, "middle"))
     for index, name in enumerate(names):
         line, column = divmod(index, _LEGEND_COLUMNS)
         at, y = 16 + column * _LEGEND_STEP, 20 + 20 * line
@@ -293,6 +293,7 @@ def svg(found: Sequence[Row]) -> str:
         parts.append(_label(at + 10, y + 4, name, "start"))
     for line, row in enumerate(shown):
         y = top + _STEP * line
+        parts.append(f'<line x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y}" y2="{y}" stroke="#eee"/>')
         parts.append(_label(_LEFT - 12, y + 4, row.label, "end"))
         for index, name in enumerate(names):
             if ratio := row.ratio_to(name):
@@ -301,7 +302,7 @@ def svg(found: Sequence[Row]) -> str:
                     f'fill="{_COLOURS[index % 8]}"><title>{escape(name)}: {_short(1 / ratio)}x '
                     "our speed</title></circle>"
                 )
-    parts.append(_label(_LEFT - 12, height - 20, "to the right: faster than we are", "end"))
+    parts.append(_label(x(1), height - 14, "to the right: better than we are", "middle"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
