@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,28 +46,28 @@ def main() -> int:
     installed = peers.install([c.tool for c in contenders if c.tool in peers.NAMES])
     facts = _facts(asked, contenders, installed)
     folder = asked.out or peers.cache() / "results" / time.strftime("%Y-%m-%d-%H%M")
-    kept = report.read(folder, cases, facts["commit"]) if asked.keep else []
-    to_do = [case for case in cases if case not in [result.case for result in kept]]
+    all_cases = CASES if all(case in CASES for case in cases) else cases
+    kept = report.read(folder, all_cases, facts) if asked.keep else []
+    results = {result.case.name: result for result in kept}
+    to_do = [c for c in cases if not _is_complete(results.get(c.name), contenders, asked.rounds)]
     print(_plan(to_do, contenders, asked.rounds), file=sys.stderr)
     if not asked.anyway:
         _wait_for_quiet()
     bench = Bench(installed, asked.threads, asked.rounds, tries=1 if asked.anyway else 3)
-    results = {result.case.name: result for result in kept}
-    text = ""
+    is_stopped = False
     try:
         for case in to_do:
             results[case.name] = bench.measure(case, contenders)
-            ordered = [results[c.name] for c in cases if c.name in results]
-            text = report.write(ordered, facts, folder)
+            report.write(_in_order(results, all_cases), facts, folder)
     except KeyboardInterrupt:
         print("stopped; what is complete is kept", file=sys.stderr)
-        return 130
-    ordered = [results[case.name] for case in cases]
-    print(text or report.write(ordered, facts, folder))
+        is_stopped = True
+    print(report.write(_in_order(results, all_cases), facts, folder))
     print(f"{folder}/results.md, .json and .svg", file=sys.stderr)
-    if asked.publish:
-        print(report.publish(ordered, facts, ROOT / "benches"), file=sys.stderr)
-    return 0
+    if asked.publish and not is_stopped:
+        page = report.publish(_in_order(results, all_cases), facts, ROOT / "benches")
+        print(page, file=sys.stderr)
+    return 130 if is_stopped else 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class Bench:
 
     def measure(self, case: Case, contenders: Sequence[Contender]) -> report.Result:
         there = [c for c in contenders if c.engine in case.engines]
-        result = report.Result(case, {c.name: [] for c in there})
+        date = time.strftime("%Y-%m-%d %H:%M %Z")
+        result = report.Result(case, date, {c.name: [] for c in there})
         model = model_file(case.model, peers.cache() / "models")
         print(case.title, file=sys.stderr, flush=True)
         for contender in there:
@@ -267,6 +268,20 @@ def _plan(cases: Sequence[Case], contenders: Sequence[Contender], rounds: int) -
         f"{len(cases)} cases, {len(takes_s)} runs in each of {rounds} rounds: "
         f"about {minutes} minutes on two quiet cores"
     )
+
+
+def _is_complete(
+    result: report.Result | None, contenders: Sequence[Contender], rounds: int
+) -> bool:
+    """Whether everybody has already been measured often enough."""
+    if result is None:
+        return False
+    names = [c.name for c in contenders if c.engine in result.case.engines]
+    return all(len(result.runs.get(name, [])) >= rounds for name in names)
+
+
+def _in_order(results: Mapping[str, report.Result], cases: Sequence[Case]) -> list[report.Result]:
+    return [results[case.name] for case in cases if case.name in results]
 
 
 def _options(text: str) -> dict[str, Any]:

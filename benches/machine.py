@@ -26,7 +26,6 @@ def facts() -> dict[str, Any]:
     memory = _lines("/proc/meminfo").get("MemTotal", "0").split()[0]
     is_virtual = "hypervisor" in cpu.get("flags", "")
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "processor": cpu.get("model name", platform.processor()),
         "cpus": len(os.sched_getaffinity(0)),
         "virtual machine": is_virtual,

@@ -21,6 +21,7 @@ class Result:
     """All runs of one case, by contender."""
 
     case: Case
+    date: str
     runs: dict[str, Runs]
     failures: dict[str, str] = field(default_factory=dict)
     attention: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -119,15 +120,20 @@ def write(results: Sequence[Result], facts: Mapping[str, Any], folder: Path) -> 
     return text
 
 
-def read(folder: Path, cases: Sequence[Case], commit: str) -> list[Result]:
-    """The results of these cases that lie there, if they are of that commit."""
+_DECIDING = ("commit", "tabagent_model", "processor", "cpus", "CPU module", "threads")
+
+
+def read(folder: Path, cases: Sequence[Case], facts: Mapping[str, Any]) -> list[Result]:
+    """The results of these cases that lie there, if they are of the same code and machine."""
     path = folder / "results.json"
-    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"facts": {}}
-    if data["facts"].get("commit") != commit:
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if any(data["facts"].get(name) != facts.get(name) for name in _DECIDING):
         return []
     found = [(case, data["cases"].get(case.name)) for case in cases]
     return [
-        Result(case, kept["runs"], kept["failures"], kept["attention"])
+        Result(case, kept["date"], kept["runs"], kept["failures"], kept["attention"])
         for case, kept in found
         if kept and (kept["title"], kept["parameters"]) == (case.title, case.parameters)
     ]
@@ -165,7 +171,12 @@ def rows(results: Sequence[Result]) -> Iterator[Row]:
 
 def markdown(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
     found = list(rows(results))
-    lines = ["| | |", "|---|---|"]
+    dates = sorted({result.date for result in results})
+    lines = [
+        "| | |",
+        "|---|---|",
+        f"| date | {' to '.join(dict.fromkeys(dates[:1] + dates[-1:]))} |",
+    ]
     lines += [f"| {name} | {_fact(value)} |" for name, value in facts.items()]
     lines += ["", *_target_table(found)]
     for group in dict.fromkeys(row.case.group for row in found):
@@ -235,6 +246,7 @@ def _plain(result: Result) -> dict[str, Any]:
     checks = [check for row in rows([result]) for check in row.checks()]
     return {
         "title": result.case.title,
+        "date": result.date,
         "model": result.case.model,
         "job": result.case.job,
         "parameters": result.case.parameters,

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from benches import machine, report
-from benches.__main__ import Contender, _cases, _contenders, _plan
+from benches.__main__ import Contender, _cases, _contenders, _is_complete, _plan
 from benches.cases import BATCHED_LIKE_US, CASES, OURS, OURS_ASYNC, Case, Metric, Target
 from benches.engines import ENGINES, Answer, Setting, _attention
 from benches.jobs import JOBS, percentile_99
@@ -29,7 +29,7 @@ def result(ours: list[float], theirs: list[float], **more: object) -> Result:
         for name, rates in ((OURS, ours), ("them", theirs))
         if rates
     }
-    return Result(CASE, runs)
+    return Result(CASE, "2026-11-21", runs)
 
 
 def checks(of: Result) -> list[tuple[str, float | None, bool | None]]:
@@ -80,6 +80,7 @@ def test_the_markdown_tells_targets_figures_facts_and_what_went_wrong():
     assert report.markdown([found], FACTS).splitlines() == [
         "| | |",
         "|---|---|",
+        "| date | 2026-11-21 |",
         "| commit | abc |",
         "| versions | one 1 |",
         "| load | 0.5, 1.0 |",
@@ -109,7 +110,7 @@ def test_the_markdown_tells_targets_figures_facts_and_what_went_wrong():
 
 
 def test_a_group_that_we_are_not_in_has_no_column_of_ours():
-    tools_only = Result(CASE, {"them": [{"rate": 1.0}]})
+    tools_only = Result(CASE, "today", {"them": [{"rate": 1.0}]})
     assert "| what | unit | them |" in report.markdown([tools_only], {})
 
 
@@ -120,14 +121,20 @@ def test_the_picture_is_sound_xml_and_has_a_dot_for_each_contender_of_each_figur
     assert titles == ["them: 0.25x our speed"] * 2
 
 
-def test_results_are_read_again_only_for_the_same_commit_and_the_same_case(tmp_path):
+def test_results_are_read_again_only_for_the_same_code_machine_and_case(tmp_path):
     found = result([4.0], [1.0])
     report.write([found], FACTS, tmp_path)
     changed = replace(CASE, parameters={"depth": 1})
-    assert report.read(tmp_path, [CASE], "abc") == [found]
-    assert report.read(tmp_path, [changed], "abc") == []
-    assert report.read(tmp_path, [CASE], "def") == []
-    assert report.read(tmp_path / "empty", [CASE], "abc") == []
+    assert report.read(tmp_path, [CASE], {**FACTS, "load": 3}) == [found]
+    assert report.read(tmp_path, [changed], FACTS) == []
+    assert report.read(tmp_path, [CASE], {**FACTS, "commit": "def"}) == []
+    assert report.read(tmp_path, [CASE], {**FACTS, "threads": 3}) == []
+    assert report.read(tmp_path / "empty", [CASE], FACTS) == []
+
+
+def test_results_of_several_days_show_the_first_and_the_last():
+    days = [replace(result([1.0], []), date=day) for day in ("2026-11-23", "2026-11-21")]
+    assert "| date | 2026-11-21 to 2026-11-23 |" in report.markdown(days, {})
 
 
 def test_the_file_for_programs_holds_the_targets(tmp_path):
@@ -206,6 +213,14 @@ def test_the_plan_counts_the_runs_and_their_time():
     assert _plan(cases, [Contender(OURS), Contender("them")], rounds=5) == (
         "2 cases, 3 runs in each of 5 rounds: about 10 minutes on two quiet cores"
     )
+
+
+def test_a_case_is_complete_when_everybody_was_measured_as_often_as_asked():
+    both, nobody = [Contender(OURS), Contender("them")], [Contender("not in it")]
+    found = result([4.0, 5.0], [1.0])
+    assert [_is_complete(found, both, rounds) for rounds in (1, 2)] == [True, False]
+    assert _is_complete(found, nobody, 5)
+    assert not _is_complete(None, both, 1)
 
 
 def test_attention_is_told_in_the_flags_of_llama_cpp():
