@@ -158,6 +158,13 @@ def _beside_prefill(name: str, title: str, chat_is_first: bool) -> Case:
         (
             Metric("p99_factor", "p99 gap, of the undisturbed", "x", targets=(Target(3),)),
             Metric("longest_factor", "longest gap, of the undisturbed", "x"),
+            # Whoever lets the chat wait until the prompt is read has no gaps to show.
+            Metric(
+                "in_time_percent",
+                "of the chat, said before the long prompt was read",
+                "%",
+                has_factor=False,
+            ),
             Metric("chat_first_ms", "the chat's first token", "ms"),
             Metric("chat_ms", "the chat's end", "ms"),
             Metric("prompt_ms", "first token of the long prompt", "ms"),

@@ -86,9 +86,11 @@ def beside_prefill(engine: Any, prompt: int, chat: int, chat_is_first: bool, see
     if not (chat_was_first if chat_is_first else prompt_was_first):
         raise RuntimeError("the chat and the long prompt did not meet as they should")
     gaps_s = short_answer.gaps_s
+    in_time = sum(piece < long_answer.pieces[0] for piece in short_answer.pieces)
     return {
         "p99_factor": percentile_99(gaps_s) / gap_s,
         "longest_factor": max(gaps_s) / gap_s,
+        "in_time_percent": in_time / len(short_answer.pieces) * 100,
         "undisturbed_gap_ms": gap_s * 1e3,
         "chat_ms": short_answer.total_s * 1e3,
         "chat_first_ms": short_answer.first_s * 1e3,
