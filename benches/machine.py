@@ -90,8 +90,7 @@ class Neighbours:
 def neighbours(nice: int, cores: int) -> Iterator[Neighbours]:
     """Processes that compute without a pause, each held to a core of its own; 0 means all cores.
 
-    They are held there because the kernel moves a polite one out of everybody's way, as long as
-    there is a core to move it to. Whoever is measured is free to go where it likes.
+    Held there, a polite one cannot make way by moving. Whoever is measured may go where it likes.
     """
     held = sorted(os.sched_getaffinity(0))[: cores or None]
     processes = [
