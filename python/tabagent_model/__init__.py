@@ -11,6 +11,7 @@ print(model.generate("Once upon a time", max_tokens=64))
 from __future__ import annotations
 
 from . import _native  # before everything else: it loads the native libraries
+from .chat import AsyncSession, Session
 from .errors import (
     BackendError,
     BinaryNotFoundError,
@@ -31,7 +32,9 @@ from .errors import (
     OutOfMemoryError,
     QueueFullError,
     SamplingError,
+    SessionFileError,
     TabAgentModelError,
+    TemplateError,
     TokenizationError,
     UnreadableModelError,
     UnsupportedModelError,
@@ -50,6 +53,7 @@ __version__ = _core.__version__
 
 __all__ = [
     "AsyncModel",
+    "AsyncSession",
     "AsyncTextStream",
     "BackendError",
     "BinaryNotFoundError",
@@ -78,7 +82,10 @@ __all__ = [
     "PyModel",
     "QueueFullError",
     "SamplingError",
+    "Session",
+    "SessionFileError",
     "TabAgentModelError",
+    "TemplateError",
     "TextStream",
     "TokenizationError",
     "UnreadableModelError",

@@ -8,17 +8,26 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, overload
 
 from . import _core, _courier, _loading, _log
-from ._courier import Context, Courier, Request
+from ._courier import Context, Courier, Request, request_ids
 from ._crowd import Crowd
 from ._loading import OnProgress, open_model, open_model_async
-from ._prompt import Prompt, Prompts, checked, is_many, sound_text, token_ids
-from .errors import InvalidRequestError, ModelNotLoadedError
+from ._prompt import (
+    Messages,
+    Prompt,
+    Prompts,
+    checked,
+    checked_messages,
+    is_many,
+    sound_text,
+    token_ids,
+)
+from .chat import AsyncSession, Overflow, Session
+from .errors import InvalidRequestError, ModelNotLoadedError, TemplateError
 from .params import GenerationConfig, GenerationFields, ModelConfig, ModelFields
 from .results import Completion, ModelDescription, Source
 from .stream import LONG_TEXT, AsyncTextStream, TextStream, settle
@@ -27,11 +36,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from ._core import PyModel, UnloadReport
+    from .chat import ChatPrompt
 
 T = TypeVar("T")
 OnToken = Callable[[str], Any]
-
-_request_ids = count(1)
 
 
 class _Base:
@@ -160,14 +168,48 @@ class _Base:
     def _requests(
         self, prompts: Iterable[Prompt], config: GenerationConfig | None, given: GenerationFields
     ) -> list[Request]:
-        if config is None:
-            config = GenerationConfig()
-        elif not isinstance(config, GenerationConfig):
-            message = f"`config` must be a GenerationConfig, got a {type(config).__name__}"
-            raise InvalidRequestError(message, name="config")
-        chosen = vars(config.with_fields(**given))
-        params = {name: value for name, value in chosen.items() if value is not None}
-        return [Request(next(_request_ids), checked(prompt), params) for prompt in prompts]
+        params = _params_of(config, given)
+        return [Request(next(request_ids), checked(prompt), params) for prompt in prompts]
+
+    def _chat_request(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None,
+        template: str | None,
+        given: GenerationFields,
+    ) -> Request:
+        params, said = _params_of(config, given), checked_messages(messages)
+
+        def tokens() -> list[int]:
+            prompt = self._render(said, template=template)
+            params["stop"] = (*params["stop"], *prompt.stops)
+            return prompt.tokens() or []
+
+        return Request(next(request_ids), tokens, params)
+
+    def _render(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+    ) -> ChatPrompt:
+        import json
+
+        said = json.dumps(checked_messages(messages), ensure_ascii=False, default=dict)
+        template = None if template is None else sound_text(template)
+        return self._renderer.render_chat(said, add_generation_prompt, template)
+
+    def _count(self, asked: Messages) -> int:
+        if isinstance(asked, str):
+            return len(self._tokenizer.tokenize(sound_text(asked)))
+        return len(self._render(asked).tokens() or [])
+
+    @property
+    def _renderer(self) -> PyModel:
+        renderer = self._native or self._open_context
+        if not hasattr(renderer, "render_chat"):
+            raise TemplateError("a context alone has no chat template; load the model with `load`")
+        return cast("PyModel", renderer)
 
     def _crowd(
         self,
@@ -187,6 +229,16 @@ class _Base:
         config = self._config.with_fields(**changes)
         _core.inspect_gguf(config.path)
         return config
+
+
+def _params_of(config: GenerationConfig | None, given: GenerationFields) -> dict[str, Any]:
+    if config is None:
+        config = GenerationConfig()
+    elif not isinstance(config, GenerationConfig):
+        message = f"`config` must be a GenerationConfig, got a {type(config).__name__}"
+        raise InvalidRequestError(message, name="config")
+    chosen = vars(config.with_fields(**given))
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 class Model(_Base):
@@ -265,11 +317,77 @@ class Model(_Base):
         request = self._request(prompt, config, fields)
         return TextStream(self._open_courier, request, self._source, self).submit()
 
+    def chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        template: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Completion:
+        """Answer a conversation: messages in OpenAI's shape, or the text of one user message.
+
+        It is written out in the model's own chat template, or in `template`.
+        """
+        return self._chat(messages, config, template, fields).collect()
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        template: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> TextStream:
+        """The answer to a conversation, piece by piece. Use it in a `with`."""
+        return self._chat(messages, config, template, fields).submit()
+
+    def session(
+        self,
+        system: str | None = None,
+        *,
+        overflow: Overflow = "error",
+        **fields: Unpack[GenerationFields],
+    ) -> Session:
+        """A conversation that remembers what was said; `fields` are the defaults of its answers.
+
+        With `overflow="drop_oldest"` the oldest turns are left out of the prompt when the
+        conversation outgrows the context; each answer's `usage` tells how much.
+        """
+        return Session(self, system, overflow, fields)
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """A conversation that `Session.save` wrote, with what was computed for it."""
+        return Session._load(self, path)
+
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+    ) -> str:
+        """A conversation as the text that the model would read."""
+        return self._render(messages, add_generation_prompt, template).text
+
+    def count_tokens(self, messages_or_text: Messages) -> int:
+        """The tokens of a text, or of the prompt that messages make."""
+        return self._count(messages_or_text)
+
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         return self._tokenizer.tokenize(sound_text(text), add_bos, special)
 
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
         return self._tokenizer.detokenize(token_ids(tokens), special)
+
+    def _chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None,
+        template: str | None,
+        fields: GenerationFields,
+    ) -> TextStream:
+        request = self._chat_request(messages, config, template, fields)
+        return TextStream(self._open_courier, request, self._source, self)
 
     def unload(self, timeout: float = 5.0) -> UnloadReport:
         """End what runs, then give the memory back. A second call does nothing."""
@@ -373,6 +491,58 @@ class AsyncModel(_Base):
         """The answer piece by piece; nothing to await here. Use it in an `async with`."""
         request = self._request(prompt, config, fields)
         return AsyncTextStream(self._open_courier, request, self._source, self)
+
+    async def chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        template: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Completion:
+        """As `Model.chat`."""
+        return await self.stream_chat(messages, config, template=template, **fields).collect()
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        template: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> AsyncTextStream:
+        """The answer to a conversation; nothing to await here. Use it in an `async with`."""
+        request = self._chat_request(messages, config, template, fields)
+        return AsyncTextStream(self._open_courier, request, self._source, self)
+
+    def session(
+        self,
+        system: str | None = None,
+        *,
+        overflow: Overflow = "error",
+        **fields: Unpack[GenerationFields],
+    ) -> AsyncSession:
+        """As `Model.session`; nothing to await here."""
+        return AsyncSession(self, system, overflow, fields)
+
+    async def load_session(self, path: str | os.PathLike[str]) -> AsyncSession:
+        """As `Model.load_session`."""
+        return await _in_executor(lambda: AsyncSession._load(self, path))
+
+    async def apply_chat_template(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+    ) -> str:
+        """As `Model.apply_chat_template`."""
+        render = self._render
+        prompt = await _in_executor(lambda: render(messages, add_generation_prompt, template))
+        return prompt.text
+
+    async def count_tokens(self, messages_or_text: Messages) -> int:
+        """As `Model.count_tokens`."""
+        return await _in_executor(lambda: self._count(messages_or_text))
 
     async def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         tokenize, text = self._tokenizer.tokenize, sound_text(text)

@@ -17,6 +17,9 @@ class Usage:
     completion_tokens: int = 0
     total_tokens: int = 0
     cached_tokens: int = 0
+    dropped_tokens: int = 0
+    """What the model did not see of its conversation, because it no longer fits the context."""
+    dropped_messages: int = 0
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,34 @@ impl Vocabulary {
         }
     }
 
+    /// The texts that stand for control tokens, and those of tokens that somebody added to the
+    /// vocabulary: the tokenizer takes the latter for tokens wherever they are written.
+    pub(crate) fn marks(&self) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+        let (mut control, mut added) = (Vec::new(), Vec::new());
+        for token in 0..if self.has_text { self.size() as i32 } else { 0 } {
+            // SAFETY: the id is one of the vocabulary's, and its text ends with a zero.
+            let (attributes, text) = unsafe {
+                let text = llama_cpp_sys_2::llama_vocab_get_text(self.pointer, token);
+                (
+                    llama_cpp_sys_2::llama_vocab_get_attr(self.pointer, token) as u32,
+                    std::ffi::CStr::from_ptr(text).to_bytes(),
+                )
+            };
+            let is = |flag: llama_cpp_sys_2::llama_token_attr| attributes & flag as u32 != 0;
+            if text.is_empty() {
+                continue;
+            }
+            if is(llama_cpp_sys_2::LLAMA_TOKEN_ATTR_CONTROL)
+                || is(llama_cpp_sys_2::LLAMA_TOKEN_ATTR_UNKNOWN)
+            {
+                control.push(text.to_vec());
+            } else if is(llama_cpp_sys_2::LLAMA_TOKEN_ATTR_USER_DEFINED) {
+                added.push(text.to_vec());
+            }
+        }
+        (control, added)
+    }
+
     pub fn detokenize(&self, tokens: &[i32], special: bool) -> Result<String> {
         let mut bytes = Vec::with_capacity(tokens.len() * 4);
         self.check_all(tokens)?;
