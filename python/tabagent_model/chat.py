@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from ._courier import Request, request_ids
 from ._prompt import sound_text
-from ._session_file import SessionFile, engine_of, identity_of
 from .errors import InvalidRequestError, SessionFileError
 from .params import GenerationConfig, GenerationFields
 from .results import Completion
@@ -31,6 +30,7 @@ from .stream import AsyncTextStream, TextStream, settle
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from ._session_file import SessionFile
     from .model import _Base
 
 Overflow = Literal["error", "drop_oldest"]
@@ -117,6 +117,8 @@ class _Session:
             raise InvalidRequestError(message, hint="wait, or use a `fork()`", name="session")
 
     def _save(self, path: str | os.PathLike[str]) -> None:
+        from ._session_file import SessionFile, engine_of, identity_of
+
         with self._lock:
             self._check_idle()
             facts = {
@@ -138,6 +140,8 @@ class _Session:
 
     @classmethod
     def _load(cls, model: _Base, path: str | os.PathLike[str]) -> Self:
+        from ._session_file import SessionFile, identity_of
+
         file = SessionFile.read(path)
         facts = file.facts
         if facts["model"] != identity_of(model):
@@ -156,6 +160,8 @@ class _Session:
 
     def _restore(self, file: SessionFile) -> None:
         """Give the engine its state back; without it, everything is computed again."""
+        from ._session_file import engine_of
+
         held, why = 0, "the file holds no state"
         context = self._model._open_context
         if file.state is not None and file.facts["engine"] != engine_of(self._model):

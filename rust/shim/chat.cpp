@@ -71,7 +71,7 @@ public:
           bytes_((size_t(2) << 20) + 4 * bytes),
           total_(16 * bytes_),
           nestings_(10'000 + 2 * num_messages),
-          end_(processor_seconds() + 0.3 + 1e-4 * double(num_messages) + 2e-7 * double(bytes)),
+          end_(processor_seconds() + 0.2 + 1e-4 * double(num_messages) + 2e-7 * double(bytes)),
           look_(wall_seconds()),
           stack_(reinterpret_cast<const char *>(this)),
           outer_(current) {

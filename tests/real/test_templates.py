@@ -110,7 +110,9 @@ EXPECTED = {
     ),
     # This vocabulary puts its beginning of text before every prompt by itself.
     "mistral": "[INST] in the   [/INST] on</s>[INST] or [/INST]",
-    "phi": "<|user|>\nin the  <|end|>\n<|assistant|>\non<|end|>\n<|user|>\nor<|end|>\n<|assistant|>\n",
+    "phi": (
+        "<|user|>\nin the  <|end|>\n<|assistant|>\non<|end|>\n<|user|>\nor<|end|>\n<|assistant|>\n"
+    ),
     "gemma": (
         "<start_of_turn>user\nin the<end_of_turn>\n<start_of_turn>model\non<end_of_turn>\n"
         "<start_of_turn>user\nor<end_of_turn>\n<start_of_turn>model\n"
@@ -209,8 +211,8 @@ def test_text_parts_are_joined_where_the_template_wants_a_text(load: Load):
 def test_a_template_that_needs_turns_says_so(load: Load):
     with pytest.raises(TemplateError, match="user and assistant must take turns"):
         load("mistral").chat([*said("in"), *said("on")])
-    with pytest.raises(TemplateError, match="there are users and assistants only|must take turns"):
-        load("mistral").chat([{"role": "wizard", "content": "in"}])
+    with pytest.raises(TemplateError, match="there are users and assistants only"):
+        load("mistral").chat([*said("in", "on"), *said("in"), {"role": "wizard", "content": "in"}])
 
 
 def test_ten_thousand_messages_are_rendered(load: Load):
@@ -243,7 +245,8 @@ def test_odd_messages_are_refused_by_name(load: Load, messages: Any, named: str)
 
 HOSTILE = {
     "a syntax error": "{% for x in %}",
-    "a loop of loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+    "a loop of loops": "{% for i in range(9999) %}{% for j in range(9999) %}"
+    "{% endfor %}{% endfor %}",
     "a long range": "{% for i in range(1000000000) %}x{% endfor %}",
     "a long range by another name": "{% set r = range %}{{ r(1000000000) | length }}",
     "a long range that is called": "{% call range(1000000000) %}{% endcall %}",
