@@ -24,6 +24,7 @@ from tabagent_model import (
     Session,
     SessionFileError,
 )
+from tabagent_model._session_file import SessionFile
 from tabagent_model.testing import ScriptedContext
 
 MakeFace = Callable[[ScriptedContext], Face]
@@ -388,6 +389,16 @@ async def test_a_damaged_file_is_refused(
     with pytest.raises(SessionFileError, match=said) as caught:
         await spoken.call("load_session", path)
     assert str(path) in str(caught.value)
+
+
+async def test_a_file_with_other_fields_is_refused(face: MakeFace, tmp_path: Path):
+    spoken, path = face(ScriptedContext()), tmp_path / "talk"
+    await call(spoken.model.session(), "save", path)
+    facts = SessionFile.read(path).facts
+    for name, value in [("config", {"charm": 3}), ("known", {}), ("messages", [{"role": 7}])]:
+        SessionFile({**facts, name: value}, None).write(path)
+        with pytest.raises(SessionFileError, match="another version of this package"):
+            await spoken.call("load_session", path)
 
 
 async def test_what_is_not_there_cannot_be_loaded_or_written(face: MakeFace, tmp_path: Path):

@@ -139,10 +139,11 @@ class ChatPrompt:
     @property
     def stops(self) -> list[str]:
         """Strings that end an answer, as the template demands it."""
-    def tokens(self, after: str | None = None) -> list[int] | None:
+    def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None:
         """The ids of the prompt, or of what follows after this beginning; None if it has another.
 
         The template's control text becomes control tokens; the same text in a message does not.
+        What cannot have fewer than `limit` ids is refused at once.
         """
 
 @type_check_only

@@ -68,12 +68,13 @@ def checked_messages(messages: Messages) -> list[Message]:
         return [{"role": "user", "content": sound_text(messages)}]
     if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Sequence):
         raise _bad_message("messages", "a list of messages", messages)
-    if not 1 <= len(messages) <= _MOST_MESSAGES:
-        message = f"`messages` must hold 1 to {_MOST_MESSAGES} messages, got {len(messages)}"
+    many = list(messages)
+    if not 1 <= len(many) <= _MOST_MESSAGES:
+        message = f"`messages` must hold 1 to {_MOST_MESSAGES} messages, got {len(many)}"
         raise InvalidRequestError(message, name="messages")
-    for index, said in enumerate(messages):
+    for index, said in enumerate(many):
         _check_message(said, f"messages[{index}]")
-    return list(messages)
+    return many
 
 
 def _check_message(message: Any, name: str) -> None:

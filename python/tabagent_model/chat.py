@@ -21,11 +21,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from ._courier import Request, request_ids
-from ._prompt import sound_text
+from ._prompt import checked_messages, sound_text, token_ids
 from .errors import InvalidRequestError, SessionFileError
 from .params import GenerationConfig, GenerationFields
 from .results import Completion
-from .stream import AsyncTextStream, TextStream, settle
+from .stream import LONG_TEXT, AsyncTextStream, TextStream, settle
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -43,7 +43,7 @@ class ChatPrompt(Protocol):
     def text(self) -> str: ...
     @property
     def stops(self) -> Sequence[str]: ...
-    def tokens(self, after: str | None = None) -> list[int] | None: ...
+    def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None: ...
 
 
 class _Session:
@@ -64,6 +64,8 @@ class _Session:
         """The first message that is still in the prompt; the system's is always."""
         self._dropped_tokens = 0
         self._known = _Known()
+        self._spoken_by = model._native
+        """Tokens mean something to one model only, and `reload` may bring another."""
         self._turn: _Turn | None = None
         self._lock = threading.Lock()
 
@@ -127,7 +129,7 @@ class _Session:
                 "engine": engine_of(self._model),
                 "system": self._system,
                 "overflow": self._overflow,
-                "config": self._config.to_dict(),
+                "config": {k: v for k, v in self._config.to_dict().items() if not callable(v)},
                 "messages": self._messages,
                 "first": self._first,
                 "dropped_tokens": self._dropped_tokens,
@@ -148,13 +150,18 @@ class _Session:
             there, here = facts["name"] or "scripted", model._source.model or "scripted"
             message = f"`{os.fsdecode(path)}` is a session of another model"
             raise SessionFileError(f"{message} (`{there}`) than this one (`{here}`)")
-        session = cls(
-            model, facts["system"], facts["overflow"], cast("GenerationFields", facts["config"])
-        )
-        session._messages = facts["messages"]
-        session._first = facts["first"]
-        session._dropped_tokens = facts["dropped_tokens"]
-        session._known = _Known(**facts["known"])
+        try:
+            config = cast("GenerationFields", facts["config"])
+            session = cls(model, facts["system"], facts["overflow"], config)
+            said = facts["messages"] and checked_messages(facts["messages"])
+            session._messages = [dict(message) for message in said]
+            session._first = min(facts["first"], len(session._messages))
+            session._dropped_tokens = int(facts["dropped_tokens"])
+            prompt, answer, tokens = (facts["known"][name] for name in vars(session._known))
+            session._known = _Known(sound_text(prompt), sound_text(answer), token_ids(tokens))
+        except (InvalidRequestError, LookupError, TypeError) as error:
+            message = f"`{os.fsdecode(path)}` was written by another version of this package"
+            raise SessionFileError(f"{message}: {error!r}") from None
         session._restore(file)
         return session
 
@@ -293,6 +300,8 @@ class _Turn:
     def _fitted(self) -> tuple[ChatPrompt, list[int]]:
         """The prompt; if it has to be shorter, without as few of the oldest turns as possible."""
         session, n_ctx = self._session, self._session._model.n_ctx
+        if len(self._message["content"]) > LONG_TEXT:  # one that alone is too long takes no time
+            session._model._render([self._message]).tokens(limit=n_ctx)
         self._first, self._dropped_tokens = session._first, session._dropped_tokens
         prompt, tokens = self._rendered(self._first)
         reserve = n_ctx // 4 if self._max_tokens < 0 else min(self._max_tokens, n_ctx // 2)
@@ -315,6 +324,8 @@ class _Turn:
         session = self._session
         system = [] if session._system is None else [{"role": "system", "content": session._system}]
         said = [{"role": m["role"], "content": m["content"]} for m in session._messages[first:]]
+        if session._spoken_by is not session._model._native:
+            session._known, session._spoken_by = _Known(), session._model._native
         prompt = session._model._render([*system, *said, self._message])
         return prompt, session._known.continued(prompt)
 

@@ -183,7 +183,7 @@ class _Base:
         def tokens() -> list[int]:
             prompt = self._render(said, template=template)
             params["stop"] = (*params["stop"], *prompt.stops)
-            return prompt.tokens() or []
+            return prompt.tokens(limit=self.n_ctx) or []
 
         return Request(next(request_ids), tokens, params)
 
@@ -351,8 +351,8 @@ class Model(_Base):
     ) -> Session:
         """A conversation that remembers what was said; `fields` are the defaults of its answers.
 
-        With `overflow="drop_oldest"` the oldest turns are left out of the prompt when the
-        conversation outgrows the context; each answer's `usage` tells how much.
+        With `overflow="drop_oldest"` the oldest turns are left out of the prompt when it leaves no
+        room for `max_tokens`, or half of the context; each answer's `usage` tells how much.
         """
         return Session(self, system, overflow, fields)
 

@@ -61,7 +61,7 @@ class ScriptedPrompt:
     context: ScriptedContext
     stops: Sequence[str] = ()
 
-    def tokens(self, after: str | None = None) -> list[int] | None:
+    def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None:
         if not self.text.startswith(after or ""):
             return None
         return self.context.tokenize(self.text[len(after or "") :], add_bos=after is None)

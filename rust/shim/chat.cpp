@@ -637,10 +637,14 @@ void ta_chat_free(ta_chat * chat) noexcept { delete chat; }
 int ta_chat_apply(const ta_chat * chat, const char * messages, size_t length, bool add_generation_prompt,
                   ta_prompt ** out, ta_error * error) noexcept {
     return ta_guard(error, [&] {
-        const common_json parsed = common_json::parse(std::string(messages, length));
-        Limits limits(parsed.size(), length);
+        std::vector<common_chat_msg> list;
+        const int status = judge_template(Limits(), error, [&] {
+            list = common_chat_msgs_parse_oaicompat(common_json::parse(std::string(messages, length)));
+            return int(TA_OK);
+        });
+        if (status != TA_OK) return status;
+        Limits limits(list.size(), length);
         return judge_template(limits, error, [&] {
-            const auto list = common_chat_msgs_parse_oaicompat(parsed);
             autoparser::generation_params params;
             params.messages              = prepared(chat->tmpl, list);
             params.add_generation_prompt = add_generation_prompt;

@@ -64,10 +64,16 @@ impl Chat {
     }
 
     /// The ids of a prompt from a byte on; the beginning of text comes before the first one only.
-    pub fn tokens(&self, prompt: &Prompt, from: usize) -> Result<Vec<i32>> {
+    /// What cannot have fewer than `limit` of them is refused before it takes time.
+    pub fn tokens(&self, prompt: &Prompt, from: usize, limit: Option<u32>) -> Result<Vec<i32>> {
+        self.model.check_process()?;
         let vocabulary = self.model.vocabulary();
         let marks = self.marks.get_or_init(|| Marks::of(vocabulary));
         let (text, add_bos) = (&prompt.text[from..], from == 0);
+        let required = vocabulary.fewest_tokens(text.len()) as u64 + 1;
+        if let Some(max) = limit.filter(|&max| required > u64::from(max)) {
+            return Err(Error::ContextLimitExceeded { max, required });
+        }
         let (written, own): (Vec<_>, Vec<_>) = marks
             .find(text, &prompt.template.added)
             .into_iter()
@@ -104,6 +110,10 @@ impl Chat {
     }
 
     fn load(&self, source: &str) -> Result<Arc<Template>> {
+        if !self.model.vocabulary().has_text() {
+            let what = "the model has no tokenizer; it takes token ids only".into();
+            return Err(Error::Template { what });
+        }
         let marks = self.marks.get_or_init(|| Marks::of(self.model.vocabulary()));
         let is_used = |text: &&Vec<u8>| {
             std::str::from_utf8(text).is_ok_and(|text| text.len() > 2 && source.contains(text))

@@ -116,6 +116,14 @@ def test_a_saved_session_goes_on(model: Model, tmp_path: Path):
         assert "Rome" in again.send(question(1)).text
 
 
+def test_a_session_goes_on_after_a_reload_with_another_model(tmp_path: Path):
+    with Model.load(tiny_gguf(tmp_path / "a.gguf"), n_ctx=256) as model:
+        session = model.session(max_tokens=4, ignore_eos=True)
+        session.send("in the")
+        model.reload(model_path=None)
+        assert session.send("and").usage.prompt_tokens == model.count_tokens(session.history[:3])
+
+
 def test_a_session_of_another_model_is_refused(model: Model, tmp_path: Path):
     path = tmp_path / "capitals.session"
     model.session().save(path)

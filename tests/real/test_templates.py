@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from gguf_files import CHAT_TEMPLATE, string, tiny_gguf
-from tabagent_model import InvalidRequestError, Model, ModelNotLoadedError, TemplateError
+from tabagent_model import (
+    ContextLimitExceededError,
+    InvalidRequestError,
+    Model,
+    ModelNotLoadedError,
+    TemplateError,
+)
 
 pytestmark = pytest.mark.model
 
@@ -298,6 +304,21 @@ def test_a_models_own_bad_template_harms_no_raw_completion(tmp_path: Path):
                 model.chat("in")
         assert model.chat("in", template=CHAT_TEMPLATE, max_tokens=1).usage.completion_tokens <= 1
         assert model.generate("in", max_tokens=1, ignore_eos=True).usage.completion_tokens == 1
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(load: Load):
+    model = load("chatml")
+    with pytest.raises(ContextLimitExceededError) as caught:
+        model.chat("in " * 4_000_000)
+    assert caught.value.max == 256
+    with pytest.raises(ContextLimitExceededError):
+        model.session(overflow="drop_oldest").send("in " * 4_000_000)
+
+
+def test_a_model_without_a_tokenizer_has_no_chat(tmp_path: Path):
+    path = tiny_gguf(tmp_path / "ids.gguf", vocabulary="none")
+    with Model.load(path, n_ctx=64) as model, pytest.raises(TemplateError, match="no tokenizer"):
+        model.chat("in")
 
 
 def test_a_prompt_does_not_outlive_its_model(tmp_path: Path):

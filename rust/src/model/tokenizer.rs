@@ -89,6 +89,11 @@ impl Vocabulary {
         ids.filter_map(|(id, ends)| ends.then_some(id as i32)).collect()
     }
 
+    /// False for models that take token ids only.
+    pub(crate) fn has_text(&self) -> bool {
+        self.has_text
+    }
+
     /// No text of this many bytes has fewer tokens.
     pub(crate) fn fewest_tokens(&self, bytes: usize) -> usize {
         bytes / self.longest_piece

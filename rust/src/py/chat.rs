@@ -40,11 +40,12 @@ impl ChatPrompt {
     }
 
     /// The ids of what follows after a beginning; None if it begins otherwise.
-    #[pyo3(signature = (after=None))]
+    #[pyo3(signature = (after=None, limit=None))]
     fn tokens(
         &self,
         py: Python<'_>,
         after: Option<&Bound<'_, PyString>>,
+        limit: Option<u32>,
     ) -> PyResult<Option<Vec<i32>>> {
         let from = match after {
             Some(beginning) => {
@@ -56,6 +57,6 @@ impl ChatPrompt {
             }
             None => 0,
         };
-        guarded(py, || self.chat()?.tokens(&self.prompt, from).map(Some))
+        guarded(py, || self.chat()?.tokens(&self.prompt, from, limit).map(Some))
     }
 }
