@@ -250,6 +250,8 @@ async def test_a_stream_that_was_dropped_is_no_answer(face: MakeFace):
     is_async = isinstance(stream, AsyncTextStream)
     await (anext(stream) if is_async else asyncio.to_thread(next, stream))
     del stream
+    while session._turn is not None:  # the thread that submitted it is still letting go
+        await asyncio.sleep(0.001)
     assert (await send(session, "And now?", max_tokens=1)).text == "la "
     assert len(session) == 2
 

@@ -68,7 +68,7 @@ def checked_messages(messages: Messages) -> list[Message]:
         return [{"role": "user", "content": sound_text(messages)}]
     if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Sequence):
         raise _bad_message("messages", "a list of messages", messages)
-    many = list(messages)
+    many: list[Any] = list(messages)
     if not 1 <= len(many) <= _MOST_MESSAGES:
         message = f"`messages` must hold 1 to {_MOST_MESSAGES} messages, got {len(many)}"
         raise InvalidRequestError(message, name="messages")
