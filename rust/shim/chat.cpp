@@ -41,7 +41,7 @@ using jinja::value;
 
 constexpr size_t MOST_TOKENS_OF_A_TAG = 4096;  // the parser and the engine recurse over them
 constexpr int    DEEPEST_TREE         = 1000;
-constexpr size_t DEEPEST_STACK        = size_t(16) << 20;  // of the 256 MiB that the caller gives
+constexpr size_t DEEPEST_STACK        = size_t(4) << 20;  // of the 256 MiB that the caller gives
 
 constexpr int64_t MOST_ITEMS    = 20'000;
 constexpr int64_t WIDEST_INDENT = 1000;
@@ -197,7 +197,14 @@ void judge(const std::string & name, const value & input, std::vector<value> arg
     }
     double longest = 0;
     for (const value & argument : arguments) longest = std::max(longest, length_of(argument));
-    if (name == "append") {
+    if (name == "select" || name == "reject" || name == "selectattr" || name == "rejectattr") {
+        for (const value & test : arguments) {
+            const bool is_text = jinja::is_val<jinja::value_string>(test);
+            if (is_text && test->val_str.str() == "divisibleby") {
+                throw std::runtime_error("`divisibleby` is no test for a list");  // see Divisor
+            }
+        }
+    } else if (name == "append") {
         for (const value & item : arguments) Limits::current->keep(item, input);
     } else if (name == "replace" && arguments.size() >= 2) {
         const double places = length_of(input) / std::max(1.0, length_of(arguments[0])) + 1;
@@ -243,6 +250,17 @@ struct LimitedAssignment : jinja::expression {
     }
 };
 
+// The engine divides integers without a look at the divisor, and the processor ends the process.
+struct Divisor : jinja::expression {
+    statement_ptr inner;
+    explicit Divisor(statement_ptr && expression) : inner(std::move(expression)) {}
+    value execute_impl(context & ctx) const override {
+        value divisor = inner->execute(ctx);
+        if (divisor->val_int == 0 || divisor->val_int == -1) throw std::runtime_error("a division by 0 or -1");
+        return divisor;
+    }
+};
+
 struct LimitedRange : jinja::identifier {
     using identifier::identifier;
     value execute_impl(context & ctx) const override {
@@ -255,6 +273,7 @@ struct LimitedRange : jinja::identifier {
                 numbers[i] = args.get_pos(i)->as_float();
             }
             if (args.count() == 1) std::swap(numbers[0], numbers[1]);
+            for (double number : numbers) Limits::current->items(std::fabs(number) / 1e9);  // no overflow
             if (numbers[2] != 0) Limits::current->items((numbers[1] - numbers[0]) / numbers[2]);
             return found->invoke(args);
         });
@@ -266,9 +285,10 @@ struct LimitedBinary : jinja::binary_expression {
     value execute_impl(context & ctx) const override {
         if (op.value != "*") return measured(binary_expression::execute_impl(ctx));
         value a = left->execute(ctx), b = right->execute(ctx);
-        if (length_of(b) > 0) std::swap(a, b);
-        if (jinja::is_val<jinja::value_int>(b)) {
-            Limits::current->size(length_of(a) * double(b->as_int()));
+        if (jinja::is_val<jinja::value_string>(b)) std::swap(a, b);
+        if (jinja::is_val<jinja::value_string>(a) && jinja::is_val<jinja::value_int>(b)) {
+            const double each = length_of(a) + sizeof(jinja::string_part);
+            Limits::current->size(each * double(b->as_int()));
         }
         return binary_expression(op, known(a), known(b)).execute_impl(ctx);
     }
@@ -280,6 +300,7 @@ struct LimitedFilter : jinja::filter_expression {
         const auto * call = dynamic_cast<const jinja::call_expression *>(filter.get());
         const auto * name = call ? dynamic_cast<const jinja::identifier *>(call->callee.get()) : nullptr;
         if (!name) return measured(filter_expression::execute_impl(ctx));
+        Limits::current->step();
         value input = operand->execute(ctx);
         std::vector<value> arguments;
         jinja::statements  again;
@@ -297,6 +318,7 @@ struct LimitedFilter : jinja::filter_expression {
 struct LimitedCall : jinja::call_expression {
     using call_expression::call_expression;
     value execute_impl(context & ctx) const override {
+        Limits::current->step();  // macros can call each other in their defaults alone
         std::vector<value> arguments;
         jinja::statements  again;
         for (const statement_ptr & argument : args) {
@@ -389,6 +411,13 @@ private:
             node(x->lhs), node(x->test);
         } else if (auto * x = as<jinja::test_expression>(at)) {
             node(x->operand), node(x->test);
+            auto * call = as<jinja::call_expression>(x->test);
+            const auto * name = call ? as<jinja::identifier>(call->callee) : nullptr;
+            if (name && name->val == "divisibleby") {
+                for (statement_ptr & argument : call->args) {
+                    replace<Divisor>(argument, std::move(argument));
+                }
+            }
         } else if (auto * x = as<jinja::unary_expression>(at)) {
             node(x->argument);
         } else if (auto * x = as<jinja::keyword_argument_expression>(at)) {
@@ -406,8 +435,11 @@ private:
         } else if (auto * x = as<jinja::call_expression>(at)) {
             node(x->callee), nodes(x->args);
             replace<LimitedCall>(at, std::move(x->callee), std::move(x->args));
-        } else if (auto * x = as<jinja::identifier>(at); x && x->val == "range") {
-            replace<LimitedRange>(at, x->val);
+        } else if (auto * x = as<jinja::identifier>(at)) {
+            if (x->val.rfind("test_is_", 0) == 0) {
+                throw std::runtime_error("it asks for the function `" + x->val + "`");
+            }
+            if (x->val == "range") replace<LimitedRange>(at, std::string(x->val));
         }
     }
 };

@@ -256,9 +256,14 @@ HOSTILE = {
     "a long range": "{% for i in range(1000000000) %}x{% endfor %}",
     "a long range by another name": "{% set r = range %}{{ r(1000000000) | length }}",
     "a long range that is called": "{% call range(1000000000) %}{% endcall %}",
+    "a range at the end of all numbers": "{{ range(9223372036854775806, 9223372036854775807, 5) }}",
+    "a division by nothing": "{{ 4 is divisibleby(0) }}",
+    "a division by nothing by another name": "{{ [4] | select('divis' ~ 'ibleby', 0) | list }}",
+    "a macro with itself as default": "{% macro m(x=m()) %}{% endmacro %}{{ m() }}",
     "a macro of itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "100 MB in pieces": "{% for i in range(1000) %}{{ 'x' * 100000 }}{% endfor %}",
     "100 MB at once": "{{ 'x' * 100000000 }}",
+    "nothing, very often": "{{ '' * 100000000000000000 }}",
     "doubling": "{% set ns = namespace(x='ab') %}"
     "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "a doubling list": "{% set ns = namespace(x=[1]) %}"

@@ -195,12 +195,10 @@ impl Vocabulary {
             // SAFETY: the id is one of the vocabulary's, and its text ends with a zero.
             let (attributes, text) = unsafe {
                 let text = llama_cpp_sys_2::llama_vocab_get_text(self.pointer, token);
-                (
-                    llama_cpp_sys_2::llama_vocab_get_attr(self.pointer, token) as u32,
-                    std::ffi::CStr::from_ptr(text).to_bytes(),
-                )
+                let attributes = llama_cpp_sys_2::llama_vocab_get_attr(self.pointer, token);
+                (attributes, std::ffi::CStr::from_ptr(text).to_bytes())
             };
-            let is = |flag: llama_cpp_sys_2::llama_token_attr| attributes & flag as u32 != 0;
+            let is = |flag: llama_cpp_sys_2::llama_token_attr| attributes & flag != 0;
             if text.is_empty() {
                 continue;
             }
