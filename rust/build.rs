@@ -67,6 +67,7 @@ fn compile_shim(llama: &Path) {
         .pic(true)
         .warnings(true)
         .define("NDEBUG", None) // as llama.cpp itself is compiled
+        .flag_if_supported("-fno-gnu-unique") // see rust/cmake/llama.cmake
         .flag_if_supported("-Wno-unused-function") // in llama.cpp's headers
         .files(["rust/shim/llama.cpp", "rust/shim/chat.cpp", "rust/shim/probe.cpp"])
         .compile("tabagent_shim");
