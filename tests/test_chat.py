@@ -18,7 +18,6 @@ from tabagent_model import (
     Completion,
     ContextLimitExceededError,
     InvalidRequestError,
-    Model,
     QueueFullError,
     SamplingError,
     Session,
@@ -324,9 +323,26 @@ async def test_a_message_that_fits_no_context_is_refused_with_the_numbers(face: 
     assert session.history[0] == SPOKEN[0]
 
 
-def test_overflow_is_one_of_two_words():
-    with pytest.raises(InvalidRequestError, match="`overflow` must be 'error' or 'drop_oldest'"):
-        Model(ScriptedContext()).session(overflow="forget")  # type: ignore[arg-type]
+async def test_the_oldest_turns_of_a_chat_are_dropped_as_well(face: MakeFace):
+    context = ScriptedContext(["yes"], n_ctx=24)
+    messages = [{"role": "system", "content": "Be kind."}]
+    for turn in range(4):
+        messages.append({"role": "user", "content": f"Why {turn}?"})
+        messages.append({"role": "assistant", "content": "Because!"})
+    messages[-1] = {"role": "user", "content": "Now?"}
+    answer = await face(context).call("chat", messages, overflow="drop_oldest", max_tokens=9)
+    assert texts_of(context) == [
+        "system: Be kind.\nuser: Why 2?\nassistant: Because!\nuser: Why 3?\nuser: Now?\nassistant: "
+    ]
+    assert (answer.usage.dropped_messages, answer.usage.dropped_tokens) == (4, 10)
+    assert context.submitted[0].params["overflow"] == "error"
+
+
+async def test_a_prompt_has_no_turns_to_drop(face: MakeFace):
+    with pytest.raises(InvalidRequestError, match="for chats only"):
+        await face(ScriptedContext()).generate("Why?", overflow="drop_oldest")
+    with pytest.raises(InvalidRequestError, match="`overflow` must be one of"):
+        face(ScriptedContext()).model.session(overflow="forget")  # type: ignore[typeddict-item]
 
 
 async def test_a_session_is_saved_and_loaded(face: MakeFace, tmp_path: Path):

@@ -13,6 +13,8 @@ MAY_IMPORT = {
     "errors": set(),
     "results": set(),
     "params": {"errors"},
+    "metrics": set(),
+    "pin": {"_courier"},
     "_native": {"_core", "errors"},
     "_log": {"_core"},
     "_courier": {"errors", "results"},
@@ -27,7 +29,7 @@ MAY_IMPORT = {
     },
     "model": {
         *("_core", "_courier", "_crowd", "_loading", "_log", "_prompt"),
-        *("chat", "errors", "params", "results", "stream"),
+        *("chat", "errors", "metrics", "params", "pin", "results", "stream"),
     },
     "testing": {"errors", "params"},
 }

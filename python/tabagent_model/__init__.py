@@ -31,6 +31,7 @@ from .errors import (
     ModelNotLoadedError,
     OutOfMemoryError,
     QueueFullError,
+    QueueTimeoutError,
     SamplingError,
     SessionFileError,
     TabAgentModelError,
@@ -41,6 +42,7 @@ from .errors import (
 )
 from .model import AsyncModel, Model, inspect
 from .params import GenerationConfig, ModelConfig
+from .pin import Pin
 from .results import Completion, InferenceMetrics, ModelDescription, Usage
 from .stream import AsyncTextStream, TextStream
 
@@ -78,9 +80,11 @@ __all__ = [
     "ModelNotFoundError",
     "ModelNotLoadedError",
     "OutOfMemoryError",
+    "Pin",
     "PyContext",
     "PyModel",
     "QueueFullError",
+    "QueueTimeoutError",
     "SamplingError",
     "Session",
     "SessionFileError",

@@ -18,10 +18,10 @@ import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ._courier import Request, request_ids
-from ._prompt import checked_messages, sound_text, token_ids
+from ._prompt import Message, checked_messages, sound_text, token_ids
 from .errors import InvalidRequestError, SessionFileError
 from .params import GenerationConfig, GenerationFields
 from .results import Completion
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from ._session_file import SessionFile
     from .model import _Base
-
-Overflow = Literal["error", "drop_oldest"]
 
 
 class ChatPrompt(Protocol):
@@ -49,15 +47,9 @@ class ChatPrompt(Protocol):
 class _Session:
     """Everything that needs no waiting."""
 
-    def __init__(
-        self, model: _Base, system: str | None, overflow: Overflow, fields: GenerationFields
-    ) -> None:
-        if overflow not in ("error", "drop_oldest"):
-            message = f"`overflow` must be 'error' or 'drop_oldest', got {overflow!r:.40}"
-            raise InvalidRequestError(message, name="overflow")
+    def __init__(self, model: _Base, system: str | None, fields: GenerationFields) -> None:
         self._model = model
         self._system = None if system is None else sound_text(system)
-        self._overflow: Overflow = overflow
         self._config = GenerationConfig().with_fields(**fields)
         self._messages: list[dict[str, str]] = []
         self._first = 0
@@ -111,7 +103,7 @@ class _Session:
     def _request(self, text: str, fields: GenerationFields) -> Request:
         config = self._config.with_fields(**fields)
         turn = _Turn(self, sound_text(text), config)
-        return Request(next(request_ids), turn.begin, turn.params, turn.end)
+        return Request(next(request_ids), turn.tokens, turn.params, turn.end)
 
     def _check_idle(self) -> None:
         if self._turn is not None:
@@ -128,7 +120,6 @@ class _Session:
                 "name": self._model._source.model,
                 "engine": engine_of(self._model),
                 "system": self._system,
-                "overflow": self._overflow,
                 "config": {k: v for k, v in self._config.to_dict().items() if not callable(v)},
                 "messages": self._messages,
                 "first": self._first,
@@ -136,8 +127,7 @@ class _Session:
                 "known": vars(self._known),
             }
             tokens = self._known.tokens
-        export = getattr(self._model._open_context, "export_state", None)
-        state = export(tokens) if export is not None and tokens else None
+        state = self._model._open_context.export_state(tokens) if tokens else None
         SessionFile(facts, state).write(path)
 
     @classmethod
@@ -152,7 +142,7 @@ class _Session:
             raise SessionFileError(f"{message} (`{there}`) than this one (`{here}`)")
         try:
             config = cast("GenerationFields", facts["config"])
-            session = cls(model, facts["system"], facts["overflow"], config)
+            session = cls(model, facts["system"], config)
             said = facts["messages"] and checked_messages(facts["messages"])
             session._messages = [dict(message) for message in said]
             session._first = min(facts["first"], len(session._messages))
@@ -173,7 +163,7 @@ class _Session:
         context = self._model._open_context
         if file.state is not None and file.facts["engine"] != engine_of(self._model):
             why = "it was saved with another llama.cpp or other settings"
-        elif file.state is not None and hasattr(context, "import_state"):
+        elif file.state is not None:
             try:
                 held = context.import_state(file.state, self._known.tokens)
             except InvalidRequestError as error:
@@ -251,28 +241,95 @@ class _Known:
         return prompt.tokens() or []
 
 
-class _Turn:
+class Asked:
+    """Messages on their way to the engine; the oldest turns stay behind if that was asked for."""
+
+    def __init__(
+        self, model: _Base, messages: list[Message], template: str | None, params: dict[str, Any]
+    ) -> None:
+        self.params = params
+        self.first = self.dropped_tokens = 0
+        """How many messages are left out, and how many tokens that makes."""
+        self.text = ""
+        self._model, self._template = model, template
+        roles = [message["role"] for message in messages]
+        num_system = next((i for i, r in enumerate(roles) if r not in _SYSTEM), len(roles))
+        self._system, self._messages = messages[:num_system], messages[num_system:]
+        self._drops = params["overflow"] == "drop_oldest"
+        if self._drops:
+            params["overflow"] = "error"  # that is what the engine makes of what still is too long
+
+    def tokens(self) -> list[int]:
+        """The prompt. What one message alone cannot fit is refused before it takes time."""
+        n_ctx, most = self._model.n_ctx, self.params["max_tokens"]
+        if self._drops and len(self._messages[-1]["content"] or "") > LONG_TEXT:
+            self._model._render(self._messages[-1:], True, self._template).tokens(limit=n_ctx)
+        prompt, tokens = self._rendered(self.first)
+        room = n_ctx - (n_ctx // 4 if most < 0 else min(most, n_ctx // 2))
+        if self._drops and len(tokens) > room:
+            needed = len(tokens)
+            prompt, tokens = self._rendered(self._first_that_fits(room))
+            self.dropped_tokens += needed - len(tokens)
+        self.text = prompt.text
+        self.params["stop"] = (*self.params["stop"], *prompt.stops)
+        return tokens
+
+    def end(self, completion: Completion | None) -> Completion | None:
+        """The answer, with what it had to do without."""
+        if completion is None or not self.first:
+            return completion
+        dropped = completion.usage.dropped_tokens + self.dropped_tokens
+        usage = replace(completion.usage, dropped_tokens=dropped, dropped_messages=self.first)
+        return replace(completion, usage=usage)
+
+    def _first_that_fits(self, room: int) -> int:
+        """Turns begin with the user; the last one stays."""
+        roles = enumerate(message["role"] for message in self._messages)
+        starts = [index for index, role in roles if index > self.first and role == "user"]
+
+        def fits(first: int) -> bool:
+            return len(self._rendered(first)[1]) <= room
+
+        if starts:
+            self.first = starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)]
+        return self.first
+
+    def _rendered(self, first: int) -> tuple[ChatPrompt, list[int]]:
+        messages = [*self._system, *self._messages[first:]]
+        prompt = self._model._render(messages, True, self._template)
+        return prompt, self._read(prompt)
+
+    def _read(self, prompt: ChatPrompt) -> list[int]:
+        return prompt.tokens(limit=None if self._drops else self._model.n_ctx) or []
+
+
+_SYSTEM = ("system", "developer")
+
+
+class _Turn(Asked):
     """One message and its answer, on their way into a session."""
 
     def __init__(self, session: _Session, text: str, config: GenerationConfig) -> None:
-        chosen = vars(config)
-        self.params = {name: value for name, value in chosen.items() if value is not None}
+        params = {name: value for name, value in vars(config).items() if value is not None}
         self._session = session
         self._message = {"role": "user", "content": text}
-        self._max_tokens = config.max_tokens
-        self._first = self._dropped_tokens = 0
-        self._prompt = ""
         self._tokens: list[int] = []
+        super().__init__(session._model, [self._message], None, params)
 
-    def begin(self) -> list[int]:
-        """The prompt's tokens. From here on the session takes no other message."""
-        session = self._session
+    def tokens(self) -> list[int]:
+        """From here on the session takes no other message."""
+        session, native = self._session, self._model._native
         with session._lock:
             session._check_idle()
             session._turn = self
-        prompt, self._tokens = self._fitted()
-        self._prompt = prompt.text
-        self.params["stop"] = (*self.params["stop"], *prompt.stops)
+        if session._spoken_by is not native:
+            session._known, session._spoken_by = _Known(), native
+        if session._system is not None:
+            self._system = [{"role": "system", "content": session._system}]
+        said = [{"role": m["role"], "content": m["content"]} for m in session._messages]
+        self._messages = [*said, self._message]
+        self.first, self.dropped_tokens = session._first, session._dropped_tokens
+        self._tokens = super().tokens()
         return self._tokens
 
     def end(self, completion: Completion | None) -> Completion | None:
@@ -288,46 +345,12 @@ class _Turn:
             if completion.finish_reason != "stop":
                 answer["finish_reason"] = completion.finish_reason
             session._messages += [self._message, answer]
-            session._first, session._dropped_tokens = self._first, self._dropped_tokens
+            session._first, session._dropped_tokens = self.first, self.dropped_tokens
             session._known = self._computed(completion)
-        usage = replace(
-            completion.usage,
-            dropped_tokens=self._dropped_tokens,
-            dropped_messages=self._first,
-        )
-        return replace(completion, usage=usage)
+        return super().end(completion)
 
-    def _fitted(self) -> tuple[ChatPrompt, list[int]]:
-        """The prompt; if it has to be shorter, without as few of the oldest turns as possible."""
-        session, n_ctx = self._session, self._session._model.n_ctx
-        if len(self._message["content"]) > LONG_TEXT:  # one that alone is too long takes no time
-            session._model._render([self._message]).tokens(limit=n_ctx)
-        self._first, self._dropped_tokens = session._first, session._dropped_tokens
-        prompt, tokens = self._rendered(self._first)
-        reserve = n_ctx // 4 if self._max_tokens < 0 else min(self._max_tokens, n_ctx // 2)
-        if session._overflow == "error" or len(tokens) + reserve <= n_ctx:
-            return prompt, tokens
-        roles = enumerate(message["role"] for message in session._messages)
-        starts = [index for index, role in roles if index > self._first and role == "user"]
-        starts.append(len(session._messages))
-
-        def fits(first: int) -> bool:
-            return len(self._rendered(first)[1]) + reserve <= n_ctx
-
-        self._first = starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)]
-        needed = len(tokens)
-        prompt, tokens = self._rendered(self._first)
-        self._dropped_tokens += needed - len(tokens)
-        return prompt, tokens
-
-    def _rendered(self, first: int) -> tuple[ChatPrompt, list[int]]:
-        session = self._session
-        system = [] if session._system is None else [{"role": "system", "content": session._system}]
-        said = [{"role": m["role"], "content": m["content"]} for m in session._messages[first:]]
-        if session._spoken_by is not session._model._native:
-            session._known, session._spoken_by = _Known(), session._model._native
-        prompt = session._model._render([*system, *said, self._message])
-        return prompt, session._known.continued(prompt)
+    def _read(self, prompt: ChatPrompt) -> list[int]:
+        return self._session._known.continued(prompt)
 
     def _computed(self, completion: Completion) -> _Known:
         """What the engine computed, as far as it belongs to the text: a stop string's tokens were
@@ -337,4 +360,4 @@ class _Turn:
             detokenize = self._session._model._tokenizer.detokenize
             while not completion.text.startswith(answer := detokenize(tokens)):
                 tokens.pop()
-        return _Known(self._prompt, answer, self._tokens + tokens)
+        return _Known(self.text, answer, self._tokens + tokens)

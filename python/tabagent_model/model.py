@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, overload
@@ -26,9 +27,11 @@ from ._prompt import (
     sound_text,
     token_ids,
 )
-from .chat import AsyncSession, Overflow, Session
+from .chat import Asked, AsyncSession, Session
 from .errors import InvalidRequestError, ModelNotLoadedError, TemplateError
+from .metrics import prometheus
 from .params import GenerationConfig, GenerationFields, ModelConfig, ModelFields
+from .pin import Pin
 from .results import Completion, ModelDescription, Source
 from .stream import LONG_TEXT, AsyncTextStream, TextStream, settle
 
@@ -102,9 +105,24 @@ class _Base:
             }
         return facts
 
-    def metrics(self) -> dict[str, int]:
-        """The engine's counters: running, waiting, requests, tokens, steps."""
-        return self._open_context.metrics()
+    def metrics(self) -> dict[str, Any]:
+        """The engine's counters since it was made, and how long things took.
+
+        A `…_s` is a distribution: `count`, `sum`, and `buckets` from a number of seconds to how
+        many took at most that long.
+        """
+        context = self._open_context
+        counted = context.metrics()
+        usage = counted.get("held_tokens", 0) / (context.n_ctx * context.n_seq_max)
+        return {**counted, "kv_cache_usage": usage}
+
+    def prometheus(self) -> str:
+        """The metrics in Prometheus' text format, under the names of llama.cpp and vLLM."""
+        return prometheus(self.metrics(), self._source.model)
+
+    def slots(self) -> list[dict[str, int | None]]:
+        """The places for requests that run together: who is there, and with how many tokens."""
+        return self._open_context.slots()
 
     def __reduce__(self) -> NoReturn:
         name = type(self).__name__
@@ -169,6 +187,9 @@ class _Base:
         self, prompts: Iterable[Prompt], config: GenerationConfig | None, given: GenerationFields
     ) -> list[Request]:
         params = _params_of(config, given)
+        if params["overflow"] == "drop_oldest":
+            message = "`overflow` can be 'drop_oldest' for chats only, a prompt has no turns"
+            raise InvalidRequestError(message, name="overflow")
         return [Request(next(request_ids), checked(prompt), params) for prompt in prompts]
 
     def _chat_request(
@@ -178,14 +199,8 @@ class _Base:
         template: str | None,
         given: GenerationFields,
     ) -> Request:
-        params, said = _params_of(config, given), checked_messages(messages)
-
-        def tokens() -> list[int]:
-            prompt = self._render(said, template=template)
-            params["stop"] = (*params["stop"], *prompt.stops)
-            return prompt.tokens(limit=self.n_ctx) or []
-
-        return Request(next(request_ids), tokens, params)
+        asked = Asked(self, checked_messages(messages), template, _params_of(config, given))
+        return Request(next(request_ids), asked.tokens, asked.params, asked.end)
 
     def _render(
         self,
@@ -210,6 +225,10 @@ class _Base:
         if not hasattr(renderer, "render_chat"):
             raise TemplateError("a context alone has no chat template; load the model with `load`")
         return cast("PyModel", renderer)
+
+    def _pinning(self, prompt: Prompt, given: GenerationFields) -> Request:
+        request = self._request(prompt, None, given)
+        return replace(request, params={**request.params, "pin": True})
 
     def _crowd(
         self,
@@ -345,16 +364,15 @@ class Model(_Base):
     def session(
         self,
         system: str | None = None,
-        *,
-        overflow: Overflow = "error",
         **fields: Unpack[GenerationFields],
     ) -> Session:
         """A conversation that remembers what was said; `fields` are the defaults of its answers.
 
-        With `overflow="drop_oldest"` the oldest turns are left out of the prompt when it leaves no
-        room for `max_tokens`, or half of the context; each answer's `usage` tells how much.
+        With `overflow="drop_oldest"`, here as in `chat`, the oldest turns are left out of the
+        prompt when it leaves no room for `max_tokens` or half of the context; each answer's
+        `usage` tells how much that was. The system message stays.
         """
-        return Session(self, system, overflow, fields)
+        return Session(self, system, fields)
 
     def load_session(self, path: str | os.PathLike[str]) -> Session:
         """A conversation that `Session.save` wrote, with what was computed for it."""
@@ -372,6 +390,12 @@ class Model(_Base):
     def count_tokens(self, messages_or_text: Messages) -> int:
         """The tokens of a text, or of the prompt that messages make."""
         return self._count(messages_or_text)
+
+    def pin(self, prompt: Prompt, **fields: Unpack[GenerationFields]) -> Pin:
+        """Compute a beginning that many prompts share, and keep it in the prompt cache."""
+        context, request = self._open_context, self._pinning(prompt, fields)
+        answer = TextStream(self._open_courier, request, self._source, self).collect()
+        return Pin(context, request.id, answer.usage.prompt_tokens)
 
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         return self._tokenizer.tokenize(sound_text(text), add_bos, special)
@@ -518,12 +542,10 @@ class AsyncModel(_Base):
     def session(
         self,
         system: str | None = None,
-        *,
-        overflow: Overflow = "error",
         **fields: Unpack[GenerationFields],
     ) -> AsyncSession:
         """As `Model.session`; nothing to await here."""
-        return AsyncSession(self, system, overflow, fields)
+        return AsyncSession(self, system, fields)
 
     async def load_session(self, path: str | os.PathLike[str]) -> AsyncSession:
         """As `Model.load_session`."""
@@ -543,6 +565,12 @@ class AsyncModel(_Base):
     async def count_tokens(self, messages_or_text: Messages) -> int:
         """As `Model.count_tokens`."""
         return await _in_executor(lambda: self._count(messages_or_text))
+
+    async def pin(self, prompt: Prompt, **fields: Unpack[GenerationFields]) -> Pin:
+        """As `Model.pin`."""
+        context, request = self._open_context, self._pinning(prompt, fields)
+        answer = await AsyncTextStream(self._open_courier, request, self._source, self).collect()
+        return Pin(context, request.id, answer.usage.prompt_tokens)
 
     async def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         tokenize, text = self._tokenizer.tokenize, sound_text(text)

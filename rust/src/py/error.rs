@@ -41,6 +41,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         Error::Template { .. } => "TemplateError",
         Error::Sampling { .. } => "SamplingError",
         Error::GenerationTimeout { .. } => "GenerationTimeoutError",
+        Error::QueueTimeout { .. } => "QueueTimeoutError",
         Error::QueueFull { .. } => "QueueFullError",
         Error::ModelNotLoaded { .. } => "ModelNotLoadedError",
         Error::ForkedProcess { .. } => "ForkedProcessError",
