@@ -9,6 +9,7 @@ import pytest
 
 from gguf_files import tiny_gguf
 from tabagent_model import AsyncModel, Model, SessionFileError
+from tabagent_model._session_file import SessionFile
 
 pytestmark = pytest.mark.model
 
@@ -114,6 +115,33 @@ def test_a_saved_session_goes_on(model: Model, tmp_path: Path):
         again = other.load_session(path)
         assert again.history == session.history[:2]
         assert "Rome" in again.send(question(1)).text
+
+
+def test_a_loaded_session_computes_nothing_again(tmp_path: Path):
+    path = tmp_path / "capitals.session"
+    with Model.load(n_ctx=512, max_parallel=1) as model:
+        session = model.session("You are a helpful assistant.", temperature=0, max_tokens=24)
+        session.send(question(0))
+        session.save(path)
+        known = session.fork().send(question(1))
+    with Model.load(n_ctx=512, max_parallel=1) as model:
+        again = model.load_session(path).send(question(1))
+    assert (again.text, again.usage) == (known.text, known.usage)
+    assert again.usage.cached_tokens > 20
+
+
+def test_bytes_that_are_no_state_cost_only_time(tmp_path: Path):
+    path = tmp_path / "capitals.session"
+    with Model.load(n_ctx=512, max_parallel=1) as model:
+        session = model.session(temperature=0, max_tokens=24)
+        session.send(question(0))
+        session.save(path)
+        known = session.fork().send(question(1))
+        saved = SessionFile.read(path)
+        SessionFile(saved.facts, (saved.state or b"")[:-9]).write(path)
+    with Model.load(n_ctx=512, max_parallel=1) as model:
+        again = model.load_session(path).send(question(1))
+    assert (again.text, again.usage.cached_tokens < 20) == (known.text, True)
 
 
 def test_a_session_goes_on_after_a_reload_with_another_model(tmp_path: Path):
