@@ -338,6 +338,12 @@ async def test_the_oldest_turns_of_a_chat_are_dropped_as_well(face: MakeFace):
     assert context.submitted[0].params["overflow"] == "error"
 
 
+async def test_a_system_message_alone_has_nothing_to_drop(face: MakeFace):
+    spoken = face(ScriptedContext(["yes"]))
+    messages = [{"role": "system", "content": "Be kind."}]
+    assert (await spoken.call("chat", messages, overflow="drop_oldest")).text == "yes"
+
+
 async def test_a_prompt_has_no_turns_to_drop(face: MakeFace):
     with pytest.raises(InvalidRequestError, match="for chats only"):
         await face(ScriptedContext()).generate("Why?", overflow="drop_oldest")

@@ -59,7 +59,7 @@ class _Session:
         self._spoken_by = model._native
         """Tokens mean something to one model only, and `reload` may bring another."""
         self._turn: _Turn | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that is collected meanwhile ends its turn
 
     @property
     def system(self) -> str | None:
@@ -77,7 +77,7 @@ class _Session:
         with self._lock:
             twin = copy.copy(self)
             twin._messages = copy.deepcopy(self._messages)
-        twin._turn, twin._lock = None, threading.Lock()
+        twin._turn, twin._lock = None, threading.RLock()
         return twin
 
     def undo(self) -> str:
@@ -229,16 +229,16 @@ class _Known:
     answer: str = ""
     tokens: list[int] = field(default_factory=list)
 
-    def continued(self, prompt: ChatPrompt) -> list[int]:
+    def continued(self, prompt: ChatPrompt, limit: int | None) -> list[int]:
         """The tokens of a new prompt: the known ones and what comes after them, if they fit."""
         if self.tokens:
             # Templates may trim an answer; its tokens stay as they are.
             said = self.answer
             for answer in dict.fromkeys((said, said.rstrip(), said.lstrip(), said.strip())):
-                new = prompt.tokens(after=self.prompt + answer)
+                new = prompt.tokens(self.prompt + answer, limit)
                 if new is not None:
                     return self.tokens + new
-        return prompt.tokens() or []
+        return prompt.tokens(limit=limit) or []
 
 
 class Asked:
@@ -262,7 +262,7 @@ class Asked:
     def tokens(self) -> list[int]:
         """The prompt. What one message alone cannot fit is refused before it takes time."""
         n_ctx, most = self._model.n_ctx, self.params["max_tokens"]
-        if self._drops and len(self._messages[-1]["content"] or "") > LONG_TEXT:
+        if self._drops and any(len(m["content"] or "") > LONG_TEXT for m in self._messages[-1:]):
             self._model._render(self._messages[-1:], True, self._template).tokens(limit=n_ctx)
         prompt, tokens = self._rendered(self.first)
         room = n_ctx - (n_ctx // 4 if most < 0 else min(most, n_ctx // 2))
@@ -297,10 +297,10 @@ class Asked:
     def _rendered(self, first: int) -> tuple[ChatPrompt, list[int]]:
         messages = [*self._system, *self._messages[first:]]
         prompt = self._model._render(messages, True, self._template)
-        return prompt, self._read(prompt)
+        return prompt, self._read(prompt, None if self._drops else self._model.n_ctx)
 
-    def _read(self, prompt: ChatPrompt) -> list[int]:
-        return prompt.tokens(limit=None if self._drops else self._model.n_ctx) or []
+    def _read(self, prompt: ChatPrompt, limit: int | None) -> list[int]:
+        return prompt.tokens(limit=limit) or []
 
 
 _SYSTEM = ("system", "developer")
@@ -349,8 +349,8 @@ class _Turn(Asked):
             session._known = self._computed(completion)
         return super().end(completion)
 
-    def _read(self, prompt: ChatPrompt) -> list[int]:
-        return self._session._known.continued(prompt)
+    def _read(self, prompt: ChatPrompt, limit: int | None) -> list[int]:
+        return self._session._known.continued(prompt, limit)
 
     def _computed(self, completion: Completion) -> _Known:
         """What the engine computed, as far as it belongs to the text: a stop string's tokens were

@@ -316,8 +316,9 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(load: Load):
     with pytest.raises(ContextLimitExceededError) as caught:
         model.chat("in " * 4_000_000)
     assert caught.value.max == 256
-    with pytest.raises(ContextLimitExceededError):
-        model.session(overflow="drop_oldest").send("in " * 4_000_000)
+    for overflow in ("error", "drop_oldest"):
+        with pytest.raises(ContextLimitExceededError):
+            model.session(overflow=overflow).send("in " * 4_000_000)
 
 
 def test_a_model_without_a_tokenizer_has_no_chat(tmp_path: Path):
