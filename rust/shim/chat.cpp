@@ -70,6 +70,7 @@ public:
         : steps_(100'000 + 50 * num_messages),
           bytes_((size_t(2) << 20) + 4 * bytes),
           total_(16 * bytes_),
+          made_(64 * double(bytes_)),
           nestings_(10'000 + 2 * num_messages),
           end_(processor_seconds() + 0.2 + 1e-4 * double(num_messages) + 2e-7 * double(bytes)),
           look_(wall_seconds()),
@@ -109,10 +110,17 @@ public:
         if (place && reaches(kept, place)) stop("it puts something into itself");
     }
 
-    // A text or a list that is about to be made, or was just made.
+    // A text or a list that is about to be made.
     void size(double bytes) {
         check();
         if (bytes > double(bytes_)) stop("it makes a text or a list that is too long");
+    }
+
+    // A text or a list that was made, and may be kept.
+    void make(double bytes) {
+        size(bytes);
+        made_ -= bytes;
+        if (made_ < 0) stop("it makes too many texts or lists");
     }
 
     void items(double count) {
@@ -153,7 +161,9 @@ private:
         throw std::runtime_error(why);
     }
 
-    size_t       steps_, bytes_, total_, nestings_;
+    size_t       steps_, bytes_, total_;
+    double       made_;
+    size_t       nestings_;
     double       end_;   // on the processor's clock
     double       look_;  // on the wall clock: when to look at the other one
     const char * stack_;
@@ -170,7 +180,7 @@ double length_of(const value & v) {
 }
 
 const value & measured(const value & v) {
-    Limits::current->size(length_of(v));
+    Limits::current->make(length_of(v));
     return v;
 }
 

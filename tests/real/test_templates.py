@@ -263,6 +263,9 @@ HOSTILE = {
     "a macro of itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "100 MB in pieces": "{% for i in range(1000) %}{{ 'x' * 100000 }}{% endfor %}",
     "100 MB at once": "{{ 'x' * 100000000 }}",
+    "many long texts": "{% set ns = namespace(a='ab', l=[]) %}"
+    "{% for i in range(19) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}"
+    "{% for i in range(9000) %}{% set ns.l = ns.l + [ns.a ~ i] %}{% endfor %}",
     "nothing, very often": "{{ '' * 100000000000000000 }}",
     "doubling": "{% set ns = namespace(x='ab') %}"
     "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
