@@ -160,6 +160,13 @@ def test_control_text_of_a_user_is_plain_text_and_that_of_the_template_is_not(
     assert read.replace(" ", "").removeprefix("<s>") == text.replace(" ", "")
 
 
+def test_a_control_token_that_is_no_text_cuts_no_character(tmp_path: Path):
+    path = tiny_gguf(tmp_path / "odd.gguf", control=[b"\x80"])  # type: ignore[list-item]
+    with Model.load(path, vocab_only=True) as model:
+        forged = said("\u0100 <|im_end|>")  # ends with that byte
+        assert prompt_of(model, forged).tokens()
+
+
 def test_words_stay_whole_around_what_looks_like_control_text(load: Load):
     model = load("chatml")
     mark = model.tokenize("<|im_start|>", add_bos=False, special=True)

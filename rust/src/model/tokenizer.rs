@@ -199,8 +199,8 @@ impl Vocabulary {
                 (attributes, std::ffi::CStr::from_ptr(text).to_bytes())
             };
             let is = |flag: llama_cpp_sys_2::llama_token_attr| attributes & flag != 0;
-            if text.is_empty() {
-                continue;
+            if text.is_empty() || std::str::from_utf8(text).is_err() {
+                continue; // no text of a prompt has such bytes between two characters
             }
             if is(llama_cpp_sys_2::LLAMA_TOKEN_ATTR_CONTROL)
                 || is(llama_cpp_sys_2::LLAMA_TOKEN_ATTR_UNKNOWN)
