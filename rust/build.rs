@@ -59,13 +59,16 @@ fn llama_source(root: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
 
 fn compile_shim(llama: &Path) {
     let mut shim = cc::Build::new();
-    for folder in ["include", "ggml/include"] {
+    for folder in ["include", "ggml/include", "common", "vendor"] {
         shim.include(llama.join(folder));
     }
     shim.cpp(true)
         .std("c++17")
         .pic(true)
         .warnings(true)
-        .files(["rust/shim/llama.cpp", "rust/shim/probe.cpp"])
+        .define("NDEBUG", None) // as llama.cpp itself is compiled
+        .flag_if_supported("-fno-gnu-unique") // see rust/cmake/llama.cmake
+        .flag_if_supported("-Wno-unused-function") // in llama.cpp's headers
+        .files(["rust/shim/llama.cpp", "rust/shim/chat.cpp", "rust/shim/probe.cpp"])
         .compile("tabagent_shim");
 }

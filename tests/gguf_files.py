@@ -33,7 +33,7 @@ _PACKED = dict(
     u8="B", i8="b", u16="H", i16="h", u32="I", i32="i", f32="f", bool="?", u64="Q", i64="q", f64="d"
 )
 F32 = 0
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -182,6 +182,8 @@ def tiny_gguf(
     tensors: Mapping[str, Mapping[str, Any]] | None = None,
     drop: Iterable[str] = (),
     vocabulary: Vocabulary = "bpe",
+    control: Iterable[str] = (),
+    added: Iterable[str] = (),
     weights: Weights = "random",
     edit: Callable[[bytes], bytes] | None = None,
     **head: Any,
@@ -191,10 +193,11 @@ def tiny_gguf(
     `keys`     values by name; plain ones keep the type that the key has, `u32(…)` and so on set it
     `tensors`  fields of `Tensor` by the tensor's name
     `drop`     names of keys and tensors to leave out
+    `control`  further control tokens, and `added` ones that are text to the vocabulary
     `edit`     changes the finished bytes
     `head`     fields of `Gguf`: version, n_keys, n_tensors, magic, repeated, big_endian
     """
-    model = tiny_llama(vocabulary, weights)
+    model = tiny_llama(vocabulary, weights, control=control, added=added)
     for name, value in (keys or {}).items():
         model.keys[name] = _typed(value, model.keys.get(name))
     for name, fields in (tensors or {}).items():
@@ -217,11 +220,22 @@ def _typed(value: Any, old: Value | None) -> Value:
 
 
 def tiny_llama(
-    vocabulary: Vocabulary = "bpe", weights: Weights = "random", *, n_layers: int = 2
+    vocabulary: Vocabulary = "bpe",
+    weights: Weights = "random",
+    *,
+    n_layers: int = 2,
+    control: Iterable[str] = (),
+    added: Iterable[str] = (),
 ) -> Gguf:
     """About 300 tokens, 2 heads of 16 numbers, 330 KB of weights."""
     n_embd, n_ff, n_head = 32, 64, 2
     tokenizer = {"bpe": _bpe, "spm": _spm, "ugm": _ugm, "none": _none}[vocabulary]()
+    for kind, texts in ((CONTROL, control), (USER_DEFINED, added)):
+        for text in texts:
+            tokenizer["tokenizer.ggml.tokens"].value.append(text)
+            tokenizer["tokenizer.ggml.token_type"].value.append(kind)
+            if "tokenizer.ggml.scores" in tokenizer:
+                tokenizer["tokenizer.ggml.scores"].value.append(0.0)
     tokens = tokenizer.get("tokenizer.ggml.tokens")
     n_vocab = len(tokens.value) if tokens else 300
     keys = {

@@ -17,14 +17,19 @@ MAY_IMPORT = {
     "pin": {"_courier"},
     "_native": {"_core", "errors"},
     "_log": {"_core"},
-    "_courier": {"errors"},
+    "_courier": {"errors", "results"},
     "_prompt": {"errors"},
     "stream": {"_courier", "errors", "results"},
     "_crowd": {"_courier", "errors", "results", "stream"},
     "_loading": {"_core", "_courier", "_log", "_native", "errors", "params", "stream"},
+    "_session_file": {"_core", "errors", "model"},  # the model for type checkers only
+    "chat": {
+        *("_courier", "_prompt", "_session_file", "errors"),
+        *("model", "params", "results", "stream"),  # the model for type checkers only
+    },
     "model": {
         *("_core", "_courier", "_crowd", "_loading", "_log", "_prompt"),
-        *("errors", "metrics", "params", "pin", "results", "stream"),
+        *("chat", "errors", "metrics", "params", "pin", "results", "stream"),
     },
     "testing": {"errors", "params"},
 }

@@ -76,6 +76,15 @@ def test_nothing_is_needed_but_the_system_and_our_own(path):
     assert set(dynamic(path)["needed"]) <= SYSTEM | ours
 
 
+@pytest.mark.parametrize("path", [EXTENSION, *LIBRARIES], ids=lambda path: path.stem)
+def test_nothing_is_shared_with_whoever_has_the_same_names(path):
+    """A symbol that is bound as unique is one for the whole process, however it was loaded."""
+    with path.open("rb") as file:
+        symbols = ELFFile(file).get_section_by_name(".dynsym").iter_symbols()
+        unique = [s.name for s in symbols if s["st_info"]["bind"] == "STB_LOOS"]
+    assert unique == []
+
+
 def test_our_names_are_nobody_elses():
     named = {path.name: dynamic(path)["soname"] for path in LIBRARIES if "cpu" not in path.stem}
     assert named == {

@@ -11,6 +11,7 @@ print(model.generate("Once upon a time", max_tokens=64))
 from __future__ import annotations
 
 from . import _native  # before everything else: it loads the native libraries
+from .chat import AsyncSession, Session
 from .errors import (
     BackendError,
     BinaryNotFoundError,
@@ -32,7 +33,9 @@ from .errors import (
     QueueFullError,
     QueueTimeoutError,
     SamplingError,
+    SessionFileError,
     TabAgentModelError,
+    TemplateError,
     TokenizationError,
     UnreadableModelError,
     UnsupportedModelError,
@@ -52,6 +55,7 @@ __version__ = _core.__version__
 
 __all__ = [
     "AsyncModel",
+    "AsyncSession",
     "AsyncTextStream",
     "BackendError",
     "BinaryNotFoundError",
@@ -82,7 +86,10 @@ __all__ = [
     "QueueFullError",
     "QueueTimeoutError",
     "SamplingError",
+    "Session",
+    "SessionFileError",
     "TabAgentModelError",
+    "TemplateError",
     "TextStream",
     "TokenizationError",
     "UnreadableModelError",

@@ -35,8 +35,7 @@ def main() -> int:
 
 def answer(path: str | None, prompt: str, max_tokens: int, temperature: float) -> None:
     with Model.load(path) as model:
-        tokens = as_question(model, prompt)
-        with model.stream(tokens, max_tokens=max_tokens, temperature=temperature) as pieces:
+        with model.stream_chat(prompt, max_tokens=max_tokens, temperature=temperature) as pieces:
             for piece in pieces:
                 print(piece, end="", flush=True)
         print()
@@ -47,18 +46,6 @@ def answer(path: str | None, prompt: str, max_tokens: int, temperature: float) -
                 f" the first after {metrics.time_to_first_token_ms:.0f} ms]",
                 file=sys.stderr,
             )
-
-
-def as_question(model: Model, prompt: str) -> list[int] | str:
-    """One user turn for models that mark turns as ChatML does; plain text for the others.
-
-    The marks are control tokens and the prompt is not, whatever it says.
-    """
-    if len(model.tokenize("<|im_start|>", add_bos=False, special=True)) != 1:
-        return prompt
-    before = model.tokenize("<|im_start|>user\n", special=True)
-    after = model.tokenize("<|im_end|>\n<|im_start|>assistant\n", add_bos=False, special=True)
-    return [*before, *model.tokenize(prompt, add_bos=False), *after]
 
 
 def doctor() -> None:

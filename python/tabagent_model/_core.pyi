@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 __all__ = [
     "LLAMA_CPP_VERSION",
+    "ChatPrompt",
     "Event",
     "PyContext",
     "PyModel",
@@ -87,6 +88,14 @@ class PyModel:
     def model_info(self) -> dict[str, Any]:
         """The same as `inspect_gguf` of its file."""
     def chat_template(self) -> str | None: ...
+    def render_chat(
+        self, messages: str, add_generation_prompt: bool = True, template: str | None = None
+    ) -> ChatPrompt:
+        """A conversation, as JSON text of messages in OpenAI's shape, in the model's own template.
+
+        `template` is the text of another one. A template that fails, or uses more time, memory or
+        recursion than a template needs, is refused with TemplateError.
+        """
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         """Text to ids. Control tokens written in `text` stay plain text unless `special`."""
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> str: ...
@@ -121,6 +130,22 @@ class PyModel:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
+
+@final
+class ChatPrompt:
+    """A conversation as the model reads it."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def stops(self) -> list[str]:
+        """Strings that end an answer, as the template demands it."""
+    def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None:
+        """The ids of the prompt, or of what follows after this beginning; None if it has another.
+
+        The template's control text becomes control tokens; the same text in a message does not.
+        What cannot have fewer than `limit` ids is refused at once.
+        """
 
 @type_check_only
 class UnloadReport(TypedDict):

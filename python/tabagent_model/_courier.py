@@ -9,13 +9,15 @@ with the event that is the last. However it ends, every inbox gets a last event.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
+from itertools import count
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
@@ -30,6 +32,10 @@ from .errors import (
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
+
+    from .results import Completion
+
+    OnEnd = Callable[["Completion | None"], "Completion | None"]
 
 
 class Event(Protocol):
@@ -79,13 +85,23 @@ class Context(Protocol):
     def import_state(self, data: bytes, tokens: Sequence[int]) -> int: ...
 
 
+request_ids = count(1)
+
+
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how it is to be answered."""
+    """One prompt and how it is to be answered. A prompt that takes work is made on the way in."""
 
     id: int
-    prompt: str | list[int]
+    prompt: str | list[int] | Callable[[], list[int]]
     params: Mapping[str, Any]
+    on_end: OnEnd | None = None
+    """Hears of the end once: gets the answer and may change it, or None if there is none."""
+
+    @property
+    def size(self) -> float:
+        """How much there is to tokenize."""
+        return math.inf if callable(self.prompt) else len(self.prompt)
 
 
 class Courier(threading.Thread):
@@ -112,7 +128,8 @@ class Courier(threading.Thread):
             self.check()
             self._inboxes[request.id] = inbox
         try:
-            self._context.submit(request.id, request.prompt, request.params)
+            prompt = request.prompt() if callable(request.prompt) else request.prompt
+            self._context.submit(request.id, prompt, request.params)
         except Exception:
             self._inboxes.pop(request.id, None)
             raise

@@ -20,7 +20,7 @@ class Crowd:
     def __init__(self, courier: Courier, requests: Iterable[Request], source: Source) -> None:
         self._courier = courier
         self._unsent = deque(requests)
-        self._answers = {request.id: Answer(request.id, source) for request in self._unsent}
+        self._answers = {request.id: Answer(request, source) for request in self._unsent}
         self._running: set[int] = set()
 
     def collect(self) -> list[Completion]:
@@ -43,7 +43,7 @@ class Crowd:
 
         loop = asyncio.get_running_loop()
         inbox = LoopInbox(loop)
-        length = sum(len(request.prompt) for request in self._unsent)
+        length = sum(request.size for request in self._unsent)
         is_much = length > LONG_TEXT or len(self._unsent) > 64
         try:
             while self._unsent or self._running:

@@ -1,9 +1,10 @@
-"""What may be asked: text, or a list of token ids; everything else is refused by name."""
+"""What may be asked: text, token ids, or messages; everything else is refused by name."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidRequestError, TokenizationError
@@ -11,6 +12,8 @@ from .errors import InvalidRequestError, TokenizationError
 if TYPE_CHECKING:
     from typing import TypeGuard
 
+Message = Mapping[str, Any]
+Messages = str | Sequence[Message]
 Prompt = str | Sequence[int]
 Prompts = list[str] | list[list[int]] | list[str | list[int]] | tuple[str, ...]
 
@@ -57,6 +60,50 @@ def token_ids(tokens: Sequence[int], name: str = "tokens") -> list[int]:
         index, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < 2**31)
         raise _bad_token(token, index, name)
     return ids
+
+
+def checked_messages(messages: Messages) -> list[Message]:
+    """Messages in OpenAI's shape; a text alone is one of the user."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": sound_text(messages)}]
+    if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise _bad_message("messages", "a list of messages", messages)
+    many: list[Any] = list(messages)
+    if not 1 <= len(many) <= _MOST_MESSAGES:
+        message = f"`messages` must hold 1 to {_MOST_MESSAGES} messages, got {len(many)}"
+        raise InvalidRequestError(message, name="messages")
+    for index, said in enumerate(many):
+        _check_message(said, f"messages[{index}]")
+    return many
+
+
+def _check_message(message: Any, name: str) -> None:
+    if not isinstance(message, Mapping):
+        raise _bad_message(name, "a mapping with `role` and `content`", message)
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        raise _bad_message(f"{name}.role", "a word like `user`", role)
+    if content is None and "tool_calls" in message:
+        return
+    if isinstance(content, str):
+        sound_text(content)
+    elif isinstance(content, Sequence) and not isinstance(content, bytes):
+        for part in content:
+            is_text = isinstance(part, Mapping) and part.get("type") == "text"
+            if not is_text or not isinstance(part.get("text"), str):
+                raise _bad_message(f"{name}.content", "text, or a list of text parts", part)
+            sound_text(part["text"])
+    else:
+        raise _bad_message(f"{name}.content", "text, or a list of text parts", content)
+
+
+def _bad_message(name: str, allowed: str, got: object) -> InvalidRequestError:
+    return InvalidRequestError(f"`{name}` must be {allowed}, got {got!r:.40}", name=name)
+
+
+_MOST_MESSAGES = 16_384
+# A template may write a role between the marks of its control text, so it cannot be just any text.
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
 def _token_id(token: Any, index: int, name: str) -> int:

@@ -14,6 +14,8 @@ TabAgentModelError (RuntimeError)
 ├── InvalidRequestError (ValueError)
 │   └── ContextLimitExceededError   the prompt does not fit the context
 ├── TokenizationError (ValueError)
+├── TemplateError (ValueError)      the chat template cannot be applied to these messages
+├── SessionFileError (ValueError)   the file is no session of this model
 ├── SamplingError
 ├── GenerationTimeoutError (TimeoutError)
 ├── GenerationCancelled             somebody else cancelled the request one waits for
@@ -117,6 +119,14 @@ class ContextLimitExceededError(InvalidRequestError):
 
 class TokenizationError(TabAgentModelError, ValueError):
     """The text cannot be turned into tokens."""
+
+
+class TemplateError(TabAgentModelError, ValueError):
+    """The chat template is broken, refuses these messages, or uses more than a template needs."""
+
+
+class SessionFileError(TabAgentModelError, ValueError):
+    """The file is no saved session, is damaged, or belongs to another model."""
 
 
 class SamplingError(TabAgentModelError):

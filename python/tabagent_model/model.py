@@ -9,17 +9,26 @@ import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, overload
 
 from . import _core, _courier, _loading, _log
-from ._courier import Context, Courier, Request
+from ._courier import Context, Courier, Request, request_ids
 from ._crowd import Crowd
 from ._loading import OnProgress, open_model, open_model_async
-from ._prompt import Prompt, Prompts, checked, is_many, sound_text, token_ids
-from .errors import InvalidRequestError, ModelNotLoadedError
+from ._prompt import (
+    Messages,
+    Prompt,
+    Prompts,
+    checked,
+    checked_messages,
+    is_many,
+    sound_text,
+    token_ids,
+)
+from .chat import Asked, AsyncSession, Session
+from .errors import InvalidRequestError, ModelNotLoadedError, TemplateError
 from .metrics import prometheus
 from .params import GenerationConfig, GenerationFields, ModelConfig, ModelFields
 from .pin import Pin
@@ -30,11 +39,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from ._core import PyModel, UnloadReport
+    from .chat import ChatPrompt
 
 T = TypeVar("T")
 OnToken = Callable[[str], Any]
-
-_request_ids = count(1)
 
 
 class _Base:
@@ -178,14 +186,45 @@ class _Base:
     def _requests(
         self, prompts: Iterable[Prompt], config: GenerationConfig | None, given: GenerationFields
     ) -> list[Request]:
-        if config is None:
-            config = GenerationConfig()
-        elif not isinstance(config, GenerationConfig):
-            message = f"`config` must be a GenerationConfig, got a {type(config).__name__}"
-            raise InvalidRequestError(message, name="config")
-        chosen = vars(config.with_fields(**given))
-        params = {name: value for name, value in chosen.items() if value is not None}
-        return [Request(next(_request_ids), checked(prompt), params) for prompt in prompts]
+        params = _params_of(config, given)
+        if params["overflow"] == "drop_oldest":
+            message = "`overflow` can be 'drop_oldest' for chats only, a prompt has no turns"
+            raise InvalidRequestError(message, name="overflow")
+        return [Request(next(request_ids), checked(prompt), params) for prompt in prompts]
+
+    def _chat_request(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None,
+        template: str | None,
+        given: GenerationFields,
+    ) -> Request:
+        asked = Asked(self, checked_messages(messages), template, _params_of(config, given))
+        return Request(next(request_ids), asked.tokens, asked.params, asked.end)
+
+    def _render(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+    ) -> ChatPrompt:
+        import json
+
+        said = json.dumps(checked_messages(messages), ensure_ascii=False, default=dict)
+        template = None if template is None else sound_text(template)
+        return self._renderer.render_chat(said, add_generation_prompt, template)
+
+    def _count(self, asked: Messages) -> int:
+        if isinstance(asked, str):
+            return len(self._tokenizer.tokenize(sound_text(asked)))
+        return len(self._render(asked).tokens() or [])
+
+    @property
+    def _renderer(self) -> PyModel:
+        renderer = self._native or self._open_context
+        if not hasattr(renderer, "render_chat"):
+            raise TemplateError("a context alone has no chat template; load the model with `load`")
+        return cast("PyModel", renderer)
 
     def _pinning(self, prompt: Prompt, given: GenerationFields) -> Request:
         request = self._request(prompt, None, given)
@@ -209,6 +248,16 @@ class _Base:
         config = self._config.with_fields(**changes)
         _core.inspect_gguf(config.path)
         return config
+
+
+def _params_of(config: GenerationConfig | None, given: GenerationFields) -> dict[str, Any]:
+    if config is None:
+        config = GenerationConfig()
+    elif not isinstance(config, GenerationConfig):
+        message = f"`config` must be a GenerationConfig, got a {type(config).__name__}"
+        raise InvalidRequestError(message, name="config")
+    chosen = vars(config.with_fields(**given))
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 class Model(_Base):
@@ -287,6 +336,61 @@ class Model(_Base):
         request = self._request(prompt, config, fields)
         return TextStream(self._open_courier, request, self._source, self).submit()
 
+    def chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        template: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Completion:
+        """Answer a conversation: messages in OpenAI's shape, or the text of one user message.
+
+        It is written out in the model's own chat template, or in `template`.
+        """
+        return self._chat(messages, config, template, fields).collect()
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        template: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> TextStream:
+        """The answer to a conversation, piece by piece. Use it in a `with`."""
+        return self._chat(messages, config, template, fields).submit()
+
+    def session(
+        self,
+        system: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Session:
+        """A conversation that remembers what was said; `fields` are the defaults of its answers.
+
+        With `overflow="drop_oldest"`, here as in `chat`, the oldest turns are left out of the
+        prompt when it leaves no room for `max_tokens` or half of the context; each answer's
+        `usage` tells how much that was. The system message stays.
+        """
+        return Session(self, system, fields)
+
+    def load_session(self, path: str | os.PathLike[str]) -> Session:
+        """A conversation that `Session.save` wrote, with what was computed for it."""
+        return Session._load(self, path)
+
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+    ) -> str:
+        """A conversation as the text that the model would read."""
+        return self._render(messages, add_generation_prompt, template).text
+
+    def count_tokens(self, messages_or_text: Messages) -> int:
+        """The tokens of a text, or of the prompt that messages make."""
+        return self._count(messages_or_text)
+
     def pin(self, prompt: Prompt, **fields: Unpack[GenerationFields]) -> Pin:
         """Compute a beginning that many prompts share, and keep it in the prompt cache."""
         context, request = self._open_context, self._pinning(prompt, fields)
@@ -298,6 +402,16 @@ class Model(_Base):
 
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
         return self._tokenizer.detokenize(token_ids(tokens), special)
+
+    def _chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None,
+        template: str | None,
+        fields: GenerationFields,
+    ) -> TextStream:
+        request = self._chat_request(messages, config, template, fields)
+        return TextStream(self._open_courier, request, self._source, self)
 
     def unload(self, timeout: float = 5.0) -> UnloadReport:
         """End what runs, then give the memory back. A second call does nothing."""
@@ -401,6 +515,56 @@ class AsyncModel(_Base):
         """The answer piece by piece; nothing to await here. Use it in an `async with`."""
         request = self._request(prompt, config, fields)
         return AsyncTextStream(self._open_courier, request, self._source, self)
+
+    async def chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        template: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Completion:
+        """As `Model.chat`."""
+        return await self.stream_chat(messages, config, template=template, **fields).collect()
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        template: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> AsyncTextStream:
+        """The answer to a conversation; nothing to await here. Use it in an `async with`."""
+        request = self._chat_request(messages, config, template, fields)
+        return AsyncTextStream(self._open_courier, request, self._source, self)
+
+    def session(
+        self,
+        system: str | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> AsyncSession:
+        """As `Model.session`; nothing to await here."""
+        return AsyncSession(self, system, fields)
+
+    async def load_session(self, path: str | os.PathLike[str]) -> AsyncSession:
+        """As `Model.load_session`."""
+        return await _in_executor(lambda: AsyncSession._load(self, path))
+
+    async def apply_chat_template(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+    ) -> str:
+        """As `Model.apply_chat_template`."""
+        render = self._render
+        prompt = await _in_executor(lambda: render(messages, add_generation_prompt, template))
+        return prompt.text
+
+    async def count_tokens(self, messages_or_text: Messages) -> int:
+        """As `Model.count_tokens`."""
+        return await _in_executor(lambda: self._count(messages_or_text))
 
     async def pin(self, prompt: Prompt, **fields: Unpack[GenerationFields]) -> Pin:
         """As `Model.pin`."""

@@ -26,7 +26,7 @@ SplitMode = Literal["none", "layer", "row"]
 FlashAttention = Literal["auto", "on", "off"]
 KvType = Literal["f16", "bf16", "f32", "q8_0"]
 Priority = Literal["high", "normal", "low"]
-Overflow = Literal["error", "shift"]
+Overflow = Literal["error", "shift", "drop_oldest"]
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-chat.gguf"
 
@@ -219,7 +219,8 @@ class GenerationConfig(_Config):
     on later where it was."""
     overflow: Overflow = "error"
     """When the context is full: `error` refuses a prompt that does not fit, and ends an answer
-    there; `shift` drops the older half of what follows the first `n_keep` tokens and goes on."""
+    there; `shift` drops the older half of what follows the first `n_keep` tokens and goes on;
+    `drop_oldest`, for chats, leaves the oldest turns out of the prompt."""
     n_keep: int = -1
     """-1 is the prompt, at most half of the context."""
     add_bos: bool = True
@@ -247,7 +248,7 @@ class GenerationConfig(_Config):
         if self.max_queue_wait_s is not None:
             _number(self, "max_queue_wait_s", 0, 1e9, without_low=True)
         _choice(self, "priority", ("high", "normal", "low"))
-        _choice(self, "overflow", ("error", "shift"))
+        _choice(self, "overflow", ("error", "shift", "drop_oldest"))
         _whole(self, "n_keep", -1, 2**24)
         _switch(self, "add_bos")
         _switch(self, "special")

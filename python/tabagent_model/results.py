@@ -22,6 +22,9 @@ class Usage:
     total_tokens: int = 0
     cached_tokens: int = 0
     dropped_tokens: int = 0
+    """What the model no longer saw, because it did not fit the context."""
+    dropped_messages: int = 0
+    """How many of a conversation's messages that were."""
     n_ctx: int = 0
     """How many tokens the request could hold."""
 

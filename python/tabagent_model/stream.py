@@ -32,7 +32,7 @@ class _Stream:
     def __init__(self, courier: Courier, request: Request, source: Source, owner: object) -> None:
         self._courier = courier
         self._request = request
-        self._answer = Answer(request.id, source)
+        self._answer = Answer(request, source)
         self._owner = owner  # a model lives as long as its streams
         self._is_sent = False
 
@@ -68,6 +68,7 @@ class _Stream:
     def _abandon(self) -> None:
         if self._is_sent and not self._answer.is_over:
             self._courier.abandon(self._request.id)
+            self._answer.give_up()
 
     def __del__(self) -> None:
         try:
@@ -90,6 +91,7 @@ class TextStream(_Stream):
             self._courier.send(self._request, self._inbox)
         except Exception:
             self._is_sent = False
+            self._answer.give_up()
             raise
         return self
 
@@ -235,7 +237,7 @@ class AsyncTextStream(_Stream):
         if self._answer.is_cancelled:
             return inbox
         try:
-            if len(self._request.prompt) > LONG_TEXT:
+            if self._request.size > LONG_TEXT:
                 await settle(loop.run_in_executor(None, self._send))
             else:
                 self._send()
@@ -251,7 +253,11 @@ class AsyncTextStream(_Stream):
 
     def _send(self) -> None:
         assert self._inbox is not None
-        self._courier.send(self._request, self._inbox)
+        try:
+            self._courier.send(self._request, self._inbox)
+        except BaseException:
+            self._answer.give_up()
+            raise
         self._is_sent = True
 
     async def _receive(self, inbox: LoopInbox) -> Event:
@@ -265,13 +271,13 @@ class AsyncTextStream(_Stream):
 class Answer:
     """What has come of one request so far."""
 
-    def __init__(self, request_id: int, source: Source) -> None:
+    def __init__(self, request: Request, source: Source) -> None:
         self.pieces: list[str] = []
         self.tokens: list[int] = []
         self.is_over = False
         self.is_cancelled = False
         """By us: then its end is no error."""
-        self._request_id = request_id
+        self._request = request
         self._source = source
         self._completion: Completion | None = None
         self._error: BaseException | None = None
@@ -301,6 +307,11 @@ class Answer:
             raise TabAgentModelError("the answer is not complete yet", hint=hint)
         return self._completion
 
+    def give_up(self) -> None:
+        """Nobody will read it: it was not submitted, or is left to itself."""
+        if self._request.on_end is not None:
+            self._request.on_end(None)
+
     def _finish(self, event: Event) -> None:
         if event.finish_reason == "error":
             self._error = event.error or InternalError("the request failed without a reason")
@@ -308,11 +319,13 @@ class Answer:
             self._error = GenerationCancelled("the request was cancelled by somebody else")
         else:
             self._completion = self._complete(event)
+        if self._request.on_end is not None:
+            self._completion = self._request.on_end(self._completion)
         self.is_over = True
 
     def _complete(self, event: Event) -> Completion:
         stats = event.stats or {}
-        metrics = metrics_of(self._request_id, stats, self._source)
+        metrics = metrics_of(self._request.id, stats, self._source)
         return Completion(
             text="".join(self.pieces),
             tokens=tuple(self.tokens),

@@ -53,6 +53,20 @@ class Submitted(NamedTuple):
     params: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class ScriptedPrompt:
+    """A conversation written out, like `_core.ChatPrompt`."""
+
+    text: str
+    context: ScriptedContext
+    stops: Sequence[str] = ()
+
+    def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None:
+        if not self.text.startswith(after or ""):
+            return None
+        return self.context.tokenize(self.text[len(after or "") :], add_bos=after is None)
+
+
 class ScriptedContext:
     """Stands in the place of `_core.PyContext`.
 
@@ -158,6 +172,16 @@ class ScriptedContext:
 
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
         return "".join(map(self.token_to_text, tokens))
+
+    def render_chat(
+        self, messages: str, add_generation_prompt: bool = True, template: str | None = None
+    ) -> ScriptedPrompt:
+        """A line for each message; `template`, if given, with `{role}` and `{content}`."""
+        import json
+
+        line = template or "{role}: {content}\n"
+        text = "".join(line.format(**message) for message in json.loads(messages))
+        return ScriptedPrompt(text + "assistant: " * add_generation_prompt, self)
 
     def token_to_text(self, token: int) -> str:
         for word, known in self._vocabulary.items():

@@ -22,6 +22,12 @@ if(UNIX AND NOT APPLE)
     set(CMAKE_SHARED_LIBRARY_SONAME_CXX_FLAG "-Wl,-soname,tabagent-")
 endif()
 
+# GCC makes one object of the same inline variable in all libraries of a process, also in those that
+# see nothing else of each other; another llama.cpp has other classes by the same names.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-fno-gnu-unique>")
+endif()
+
 # GCC 12 declares 8 of the 64 bytes that _tile_loadconfig reads, and drops the stores before it.
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     add_compile_options(

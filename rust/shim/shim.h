@@ -112,6 +112,26 @@ int ta_piece(const struct llama_vocab * vocab, int32_t token, char * out, int32_
 int ta_vocab_scan(const struct llama_vocab * vocab, uint8_t * ends_generation, int32_t n_tokens,
                   int32_t * longest_piece, ta_error * error) TA_NOEXCEPT;
 
+// A chat template, parsed and with limits on what it may do. `source` is its text. TA_REFUSED, here
+// and below: the template is wrong, or the messages are not what it takes; the message says why.
+// Templates recurse: call these on a thread with a stack of 256 MiB, and one at a time.
+typedef struct ta_chat ta_chat;
+int  ta_chat_new(const struct llama_model * model, const char * source, size_t length, ta_chat ** out,
+                 ta_error * error) TA_NOEXCEPT;
+void ta_chat_free(ta_chat * chat) TA_NOEXCEPT;
+
+// A conversation as a prompt. `messages` is the JSON text of a list of messages as OpenAI has them.
+typedef struct ta_prompt ta_prompt;
+int  ta_chat_apply(const ta_chat * chat, const char * messages, size_t length,
+                   bool add_generation_prompt, ta_prompt ** out, ta_error * error) TA_NOEXCEPT;
+void ta_prompt_free(ta_prompt * prompt) TA_NOEXCEPT;
+// The pieces of the prompt in order, and whether they came from messages or from the template; and
+// the strings that end an answer. False behind the last one. The text lives as long as the prompt.
+bool ta_prompt_piece(const ta_prompt * prompt, size_t index, const char ** text, size_t * length,
+                     bool * is_input) TA_NOEXCEPT;
+bool ta_prompt_stop(const ta_prompt * prompt, size_t index, const char ** text,
+                    size_t * length) TA_NOEXCEPT;
+
 int ta_backend_load(const char * path, ta_error * error) TA_NOEXCEPT;
 
 // Multiplies a small matrix of each weight type on the CPU module that is loaded, in every kind of

@@ -44,6 +44,9 @@ pub enum Error {
     #[error("the text cannot be tokenized: {what}")]
     Tokenization { what: String },
 
+    #[error("the chat template cannot be applied: {what}")]
+    Template { what: String },
+
     #[error("sampling failed: {what}")]
     Sampling { what: String },
 
@@ -85,6 +88,9 @@ impl Error {
             Error::ContextCreation { .. } => Some("try `n_ctx=2048` or less".into()),
             Error::ContextLimitExceeded { required, .. } => {
                 Some(format!("load the model with `n_ctx={required}` or more"))
+            }
+            Error::Template { .. } => {
+                Some("give another one as `template=`, or a prompt to `generate`".into())
             }
             Error::QueueFull { .. } => {
                 Some("try again later, or load the model with a larger `queue_size`".into())

@@ -25,6 +25,16 @@ pub(crate) struct ShimContext {
 }
 
 #[repr(C)]
+pub(crate) struct ShimChat {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
+pub(crate) struct ShimPrompt {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
 pub(crate) struct ShimPool {
     _opaque: [u8; 0],
 }
@@ -135,6 +145,36 @@ unsafe extern "C" {
         longest_piece: *mut i32,
         error: *mut ShimError,
     ) -> c_int;
+    pub(crate) fn ta_chat_new(
+        model: *const llama_model,
+        source: *const c_char,
+        length: usize,
+        out: *mut *mut ShimChat,
+        error: *mut ShimError,
+    ) -> c_int;
+    pub(crate) fn ta_chat_free(chat: *mut ShimChat);
+    pub(crate) fn ta_chat_apply(
+        chat: *const ShimChat,
+        messages: *const c_char,
+        length: usize,
+        add_generation_prompt: bool,
+        out: *mut *mut ShimPrompt,
+        error: *mut ShimError,
+    ) -> c_int;
+    pub(crate) fn ta_prompt_free(prompt: *mut ShimPrompt);
+    pub(crate) fn ta_prompt_piece(
+        prompt: *const ShimPrompt,
+        index: usize,
+        text: *mut *const c_char,
+        length: *mut usize,
+        is_input: *mut bool,
+    ) -> bool;
+    pub(crate) fn ta_prompt_stop(
+        prompt: *const ShimPrompt,
+        index: usize,
+        text: *mut *const c_char,
+        length: *mut usize,
+    ) -> bool;
     fn ta_backend_load(path: *const c_char, error: *mut ShimError) -> c_int;
     fn ta_probe_cpu(error: *mut ShimError) -> c_int;
     fn ta_throw(error: *mut ShimError) -> c_int;
@@ -142,6 +182,14 @@ unsafe extern "C" {
 
 /// Calls the shim; a thrown exception comes back as an error, every other status as a value.
 pub(crate) fn call(function: impl FnOnce(*mut ShimError) -> c_int) -> Result<c_int> {
+    call_or(Error::internal, function)
+}
+
+/// The same, where a refusal is no fault of ours: `refusal` makes the error of its message.
+pub(crate) fn call_or(
+    refusal: impl FnOnce(String) -> Error,
+    function: impl FnOnce(*mut ShimError) -> c_int,
+) -> Result<c_int> {
     let mut error = ShimError { message: [0; 512] };
     let status = function(&mut error);
     // SAFETY: the shim ends every message with a zero, and the array began as zeros.
@@ -149,7 +197,7 @@ pub(crate) fn call(function: impl FnOnce(*mut ShimError) -> c_int) -> Result<c_i
     match status {
         THROWN => Err(Error::internal(format!("llama.cpp threw: {}", message()))),
         NO_MEMORY => Err(Error::internal("llama.cpp ran out of memory")),
-        REFUSED => Err(Error::internal(message())),
+        REFUSED => Err(refusal(message().into_owned())),
         status => Ok(status),
     }
 }

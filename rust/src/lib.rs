@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! py (feature "python")     plain values for Python, nothing else
+//!   ├─ chat                 messages → prompt
 //!   └─ context              requests in, events out; one owner thread for each llama.cpp context
 //!        └─ model           open weights and vocabulary
 //!             └─ gguf, hardware, config, log, ffi (the shim) ─ error
@@ -10,6 +11,7 @@
 //! A request goes down as a `Command` and comes back as `Event`s; there is no third way.
 
 pub mod backend;
+pub mod chat;
 pub mod config;
 pub mod context;
 pub mod error;

@@ -89,6 +89,11 @@ impl Vocabulary {
         ids.filter_map(|(id, ends)| ends.then_some(id as i32)).collect()
     }
 
+    /// False for models that take token ids only.
+    pub(crate) fn has_text(&self) -> bool {
+        self.has_text
+    }
+
     /// No text of this many bytes has fewer tokens.
     pub(crate) fn fewest_tokens(&self, bytes: usize) -> usize {
         bytes / self.longest_piece
@@ -180,6 +185,32 @@ impl Vocabulary {
             }
             room = -length;
         }
+    }
+
+    /// The texts that stand for control tokens, and those of tokens that somebody added to the
+    /// vocabulary: the tokenizer takes the latter for tokens wherever they are written.
+    pub(crate) fn marks(&self) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+        let (mut control, mut added) = (Vec::new(), Vec::new());
+        for token in 0..if self.has_text { self.size() as i32 } else { 0 } {
+            // SAFETY: the id is one of the vocabulary's, and its text ends with a zero.
+            let (attributes, text) = unsafe {
+                let text = llama_cpp_sys_2::llama_vocab_get_text(self.pointer, token);
+                let attributes = llama_cpp_sys_2::llama_vocab_get_attr(self.pointer, token);
+                (attributes, std::ffi::CStr::from_ptr(text).to_bytes())
+            };
+            let is = |flag: llama_cpp_sys_2::llama_token_attr| attributes & flag != 0;
+            if text.is_empty() || std::str::from_utf8(text).is_err() {
+                continue; // no text of a prompt has such bytes between two characters
+            }
+            if is(llama_cpp_sys_2::LLAMA_TOKEN_ATTR_CONTROL)
+                || is(llama_cpp_sys_2::LLAMA_TOKEN_ATTR_UNKNOWN)
+            {
+                control.push(text.to_vec());
+            } else if is(llama_cpp_sys_2::LLAMA_TOKEN_ATTR_USER_DEFINED) {
+                added.push(text.to_vec());
+            }
+        }
+        (control, added)
     }
 
     pub fn detokenize(&self, tokens: &[i32], special: bool) -> Result<String> {

@@ -38,6 +38,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
             "ContextLimitExceededError"
         }
         Error::Tokenization { .. } => "TokenizationError",
+        Error::Template { .. } => "TemplateError",
         Error::Sampling { .. } => "SamplingError",
         Error::GenerationTimeout { .. } => "GenerationTimeoutError",
         Error::QueueTimeout { .. } => "QueueTimeoutError",

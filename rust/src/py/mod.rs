@@ -1,5 +1,6 @@
 //! The only code that knows Python exists: the module `tabagent_model._core`.
 
+mod chat;
 mod context;
 mod convert;
 mod error;
@@ -16,6 +17,8 @@ use convert::guarded;
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::chat::ChatPrompt;
     #[pymodule_export]
     use super::context::{PyContext, PyEvent};
     #[pymodule_export]

@@ -7,9 +7,11 @@ use pyo3::exceptions::PyDeprecationWarning;
 use pyo3::prelude::*;
 use pyo3::types::{PyAny, PyDict, PyString};
 
+use super::chat::ChatPrompt;
 use super::context::PyContext;
 use super::convert::{self, guarded};
 use super::error::exception;
+use crate::chat::Chat;
 use crate::config::{ContextConfig, FlashAttention, KvType, ModelConfig, SplitMode};
 use crate::error::{Error, Result};
 use crate::hardware::memory;
@@ -19,6 +21,7 @@ use crate::model::{Model, backend_devices, return_free_memory};
 #[derive(Default)]
 pub struct PyModel {
     model: Mutex<Option<Arc<Model>>>,
+    chat: Mutex<Option<Arc<Chat>>>,
     /// The context of the seeds' `model.generate`, made when first asked for.
     own_context: Mutex<Option<Py<PyContext>>>,
 }
@@ -83,7 +86,9 @@ impl PyModel {
         if let Some(error) = lock(&raised).take() {
             return Err(error);
         }
-        *lock(&self.model) = Some(loaded?);
+        let model = loaded?;
+        *lock(&self.chat) = Some(Arc::new(Chat::new(model.clone())));
+        *lock(&self.model) = Some(model);
         Ok(())
     }
 
@@ -190,6 +195,23 @@ impl PyModel {
         Ok(self.model()?.chat_template().map(str::to_owned))
     }
 
+    #[pyo3(signature = (messages, add_generation_prompt=true, template=None))]
+    fn render_chat(
+        &self,
+        messages: &Bound<'_, PyString>,
+        add_generation_prompt: bool,
+        template: Option<&Bound<'_, PyString>>,
+    ) -> PyResult<ChatPrompt> {
+        self.model()?;
+        let chat = lock(&self.chat).clone();
+        let gone = || exception(&Error::ModelNotLoaded { what: "the model".into() });
+        let (py, chat) = (messages.py(), chat.ok_or_else(gone)?);
+        let messages = convert::text(messages)?;
+        let template = template.map(convert::text).transpose()?;
+        let prompt = guarded(py, || chat.render(messages, add_generation_prompt, template))?;
+        Ok(ChatPrompt::new(prompt, &chat))
+    }
+
     #[pyo3(signature = (text, add_bos=true, special=false))]
     fn tokenize(
         &self,
@@ -285,6 +307,7 @@ impl PyModel {
     /// Ends what runs, frees contexts first and then weights. False: nothing was loaded.
     fn drop_model(&self, py: Python<'_>) -> bool {
         drop(lock(&self.own_context).take());
+        drop(lock(&self.chat).take());
         let Some(model) = lock(&self.model).take() else { return false };
         py.detach(|| {
             model.close_contexts();
