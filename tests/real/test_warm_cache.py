@@ -135,6 +135,14 @@ def test_x01_a_request_that_was_cancelled_and_then_comes_again(
         assert model.generate(prompt, **GREEDY) == cold(prompt)
 
 
+def test_a_context_that_was_full_to_the_last_token(model: Model, cold: Any):
+    full = model.generate(BEGINNING, **LONG)
+    assert full.usage.total_tokens == model.n_ctx
+    for length in (len(BEGINNING), 3 * WINDOW):
+        part = BEGINNING[:length]
+        assert model.generate(part, **GREEDY) == cold(part)
+
+
 def test_a_crowd_with_one_beginning(model: Model, cold: Any):
     prompts = [BEGINNING + text(50 + number, 3 + 5 * number) for number in range(12)]
     expected = [cold(prompt) for prompt in prompts]
