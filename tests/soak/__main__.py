@@ -1,0 +1,151 @@
+"""Runs a soak, prints its report, and ends with 1 if anything was wrong."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import faulthandler
+import gc
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tabagent_model import AsyncModel, Completion, Model, ModelConfig, PyModel
+from tabagent_model._core import Event
+
+from .ledger import Ledger, belongings, markdown
+from .plan import N_CTX, REFERENCE, REFERENCE_FIELDS, Plan
+from .users import Tasks, Threads
+
+M = TypeVar("M", Model, AsyncModel)
+
+QUEUE_SIZE = 64
+PATIENCE_S = 10
+
+
+def main() -> int:
+    faulthandler.enable()
+    args = arguments()
+    plan = Plan(args.seed, args.requests, args.cancels, args.mistakes, args.loads)
+    expected = reference()
+    before = belongings()
+    ledger = Ledger(args.requests)
+    soak(plan, ledger, args.users, expected)
+    gc.collect()
+    if not eventually(lambda: belongings() == before):
+        ledger.fault(f"left behind: {belongings()}, and before it was {before}")
+    ledger.close()
+    report = {"seed": args.seed, "users": args.users, **ledger.report()}
+    print(markdown(report), end="")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(markdown(report))
+    return 1 if report["num_faults"] else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--users", type=int, default=8)
+    parser.add_argument("--cancels", type=float, default=0.1, help="their share (0.1)")
+    parser.add_argument("--mistakes", type=float, default=0.1, help="their share (0.1)")
+    parser.add_argument("--loads", type=int, default=100, help="rounds of load and unload (100)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures into this file")
+    parser.add_argument("--markdown", type=Path, help="write the table into this file")
+    return parser.parse_args()
+
+
+def soak(plan: Plan, ledger: Ledger, num_users: int, expected: Completion) -> None:
+    """Half of the users are threads, half are tasks; each half has an engine of its own."""
+    numbers = iter(range(plan.requests))
+    border = Border()
+    with border.open(Model) as model:
+        threads = Threads(model, plan, ledger, numbers, expected)
+        users = [threading.Thread(target=threads.run) for _ in range(num_users - num_users // 2)]
+        for user in users:
+            user.start()
+        asyncio.run(soak_tasks(plan, ledger, num_users // 2, numbers, expected))
+        for user in users:
+            user.join()
+        border.check(ledger)
+
+
+async def soak_tasks(
+    plan: Plan, ledger: Ledger, num_users: int, numbers: Iterator[int], expected: Completion
+) -> None:
+    border = Border()
+    async with border.open(AsyncModel) as model:
+        tasks = Tasks(model, plan, ledger, numbers, expected)
+        await asyncio.gather(*(tasks.run() for _ in range(num_users)))
+        border.check(ledger)
+
+
+def reference() -> Completion:
+    """What a model says that has seen nothing else."""
+    with Model.load(n_ctx=N_CTX, max_parallel=1, n_threads=1) as model:
+        return model.generate(REFERENCE, **REFERENCE_FIELDS)
+
+
+class Border:
+    """A context that is watched where Python meets Rust: who goes in comes out once."""
+
+    def __init__(self) -> None:
+        self._native = PyModel()
+        self._native.load(ModelConfig().path)
+        self._context = self._native.create_context(
+            N_CTX, n_seq_max=4, queue_size=QUEUE_SIZE, n_threads=1
+        )
+        self._inside: set[int] = set()
+        self._strangers: list[int] = []
+
+    def open(self, face: type[M]) -> M:
+        return face(self, self._native)
+
+    def submit(self, request_id: int, prompt: Any, params: Mapping[str, Any]) -> None:
+        self._inside.add(request_id)
+        try:
+            self._context.submit(request_id, prompt, params)
+        except BaseException:
+            self._inside.remove(request_id)
+            raise
+
+    def next_events(self) -> Sequence[Event]:
+        events = self._context.next_events()
+        for event in events:
+            if event.request_id not in self._inside:
+                self._strangers.append(event.request_id)
+            elif event.is_last:
+                self._inside.remove(event.request_id)
+        return events
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def check(self, ledger: Ledger) -> None:
+        def is_idle() -> bool:
+            metrics = self._context.metrics()
+            return not self._inside and metrics["running"] == metrics["waiting"] == 0
+
+        if not eventually(is_idle):
+            metrics = self._context.metrics()
+            ledger.fault(f"never ended: {sorted(self._inside)[:20]}, the engine says {metrics}")
+        if self._strangers:
+            ledger.fault(f"events for requests that had ended: {self._strangers[:20]}")
+
+
+def eventually(is_so: Callable[[], bool]) -> bool:
+    for _ in range(PATIENCE_S * 100):
+        if is_so():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
