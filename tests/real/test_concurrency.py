@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gguf_memories import tiny_command_r
+from gguf_memories import N_CTX, tiny_command_r
 from tabagent_model import AsyncModel, Completion, Model, ModelConfig, PyModel
 from tabagent_model.errors import ModelNotLoadedError, QueueFullError
 
@@ -275,6 +275,25 @@ def test_k12_weights_that_are_unloaded_end_the_streams_of_their_contexts():
         stream = model.stream(REFERENCE, **LONG)
         next(stream)
     assert isinstance(outcome(stream.collect), ModelNotLoadedError)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="in `choose` a long prompt takes all that is left of the batch, step after step, and"
+    " prompts that came later get none of it until the long one is complete",
+)
+def test_k13_short_chats_do_not_wait_for_a_long_prompt(tmp_path: Path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny_command_r().to_bytes())
+    with (
+        Model.load(path, n_ctx=N_CTX, n_batch=64, max_parallel=4, n_threads=1) as model,
+        model.stream([7] * (N_CTX - 8), **GREEDY) as long,
+    ):
+        for number in range(5):
+            assert len(model.generate([number, 1, 2], **GREEDY).tokens) == 12
+        assert model.metrics()["prompt_tokens"] > N_CTX - 8  # it runs, and
+        assert model.metrics()["generated_tokens"] == 5 * 12  # has nothing yet
+        assert len(long.collect().tokens) == 8
 
 
 def outcome(use: Callable[[], Any]) -> Any:
