@@ -33,7 +33,7 @@ def main() -> int:
     plan = Plan(args.seed, args.requests, args.cancels, args.mistakes, args.loads)
     expected = reference()
     before = belongings()
-    ledger = Ledger(args.requests)
+    ledger = Ledger(args.requests, args.warm_up)
     soak(plan, ledger, args.users, expected)
     gc.collect()
     if not eventually(lambda: belongings() == before):
@@ -51,6 +51,7 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--warm-up", type=int, default=1000, help="requests before them (1000)")
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--cancels", type=float, default=0.1, help="their share (0.1)")
     parser.add_argument("--mistakes", type=float, default=0.1, help="their share (0.1)")
@@ -63,7 +64,7 @@ def arguments() -> argparse.Namespace:
 
 def soak(plan: Plan, ledger: Ledger, num_users: int, expected: Completion) -> None:
     """Half of the users are threads, half are tasks; each half has an engine of its own."""
-    numbers = iter(range(plan.requests))
+    numbers = iter(range(-ledger.warm_up, plan.requests))  # atomic, so all may share it
     border = Border()
     with border.open(Model) as model:
         threads = Threads(model, plan, ledger, numbers, expected)

@@ -21,8 +21,11 @@ SAMPLES = 400
 
 
 class Ledger:
-    def __init__(self, requests: int) -> None:
+    """Requests with a number below zero warm up: their faults count, and nothing else of them."""
+
+    def __init__(self, requests: int, warm_up: int) -> None:
         self.requests = requests
+        self.warm_up = warm_up
         self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -30,13 +33,14 @@ class Ledger:
         self._seconds: dict[str, array[float]] = defaultdict(lambda: array("d"))
         self._lock = threading.Lock()
         self._began = time.perf_counter()
-        self.duration = 0.0
 
     def note(self, number: int, kind: str, outcome: str, seconds: float) -> None:
         with self._lock:
-            self.outcomes[kind][outcome] += 1
-            self._seconds[kind].append(seconds)
-        if number % max(self.requests // SAMPLES, 1) == 0:
+            self.counts["ended"] += 1
+            if number >= 0:
+                self.outcomes[kind][outcome] += 1
+                self._seconds[kind].append(seconds)
+        if number >= 0 and number % max(self.requests // SAMPLES, 1) == 0:
             self.memory.append((number, private_mib()))
 
     def count(self, what: str) -> None:
@@ -50,21 +54,16 @@ class Ledger:
                 self.faults.append(what)
 
     def close(self) -> None:
-        self.duration = time.perf_counter() - self._began
-        ended = sum(outcomes.total() for outcomes in self.outcomes.values())
-        if ended != self.requests:
-            self.fault(f"{ended} of {self.requests} requests came to an end")
+        ended, begun = self.counts["ended"], self.warm_up + self.requests
+        if ended != begun:
+            self.fault(f"{ended} of {begun} requests came to an end")
         slope, growth = self.slope()
         if slope > MIB_PER_1000_REQUESTS and growth > NOISE_MIB:
             self.fault(f"memory grows by {slope:.2f} MiB per 1,000 requests, {growth:.1f} in all")
 
     def slope(self) -> tuple[float, float]:
-        """MiB per 1,000 requests by Theil and Sen, and what that makes over the measured time.
-
-        The first fifth is left out, or the first 1,000 requests.
-        """
-        warm_up = min(1000, self.requests // 5)
-        points = sorted(point for point in self.memory if point[0] >= warm_up)
+        """MiB per 1,000 requests by Theil and Sen, and what that makes in all."""
+        points = sorted(self.memory)
         slopes = [
             (after - before) / (later - earlier)
             for at, (earlier, before) in enumerate(points)
@@ -77,12 +76,14 @@ class Ledger:
         return slope * 1000, slope * (points[-1][0] - points[0][0])
 
     def report(self) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._began
         slope, growth = self.slope()
         megabytes = [mib for _, mib in self.memory]
         return {
             "requests": self.requests,
-            "seconds": round(self.duration, 1),
-            "requests_per_second": round(self.requests / max(self.duration, 1e-9), 1),
+            "warm_up": self.warm_up,
+            "seconds": round(seconds, 1),
+            "requests_per_second": round(self.counts["ended"] / seconds, 1),
             "machine": machine(),
             "version": tabagent_model.__version__,
             "kinds": {
@@ -114,9 +115,10 @@ class Ledger:
 def markdown(report: dict[str, Any]) -> str:
     memory = report["memory"]
     lines = [
-        f"{report['requests']:,} requests in {report['seconds']:,} s"
-        f" ({report['requests_per_second']} per second), {report['machine']},"
-        f" tabagent_model {report['version']}.",
+        f"{report['requests']:,} requests and {report['warm_up']:,} before them to warm up, in"
+        f" {report['seconds']:,} s ({report['requests_per_second']} per second), by"
+        f" {report['users']} users, seed {report['seed']}; {report['machine']}, tabagent_model"
+        f" {report['version']}.",
         "",
         "| kind | requests | ended | p50 ms | p99 ms |",
         "|---|---:|---|---:|---:|",

@@ -125,7 +125,7 @@ def _prompt(chance: random.Random) -> str:
 
 def _fields(chance: random.Random, leaves: bool = False) -> dict[str, Any]:
     fields: dict[str, Any] = {
-        "max_tokens": min(1 + int(chance.lognormvariate(math.log(6), 0.8)), MAX_TOKENS),
+        "max_tokens": min(1 + int(chance.lognormvariate(math.log(8), 0.8)), MAX_TOKENS),
         "temperature": chance.choice((0, 0, 0.7, 1.5)),
         "priority": chance.choices(("high", "normal", "low"), (1, 8, 1))[0],
     }
