@@ -189,6 +189,27 @@ def test_k06_an_unload_from_many_threads_is_one():
     assert isinstance(outcome(stream.collect), ModelNotLoadedError)
 
 
+def test_k07_who_asks_during_reloads_gets_the_answer_or_hears_of_the_unload(reference: Completion):
+    with Model.load(**CONFIG) as model:
+        is_over = threading.Event()
+
+        def ask(_: int) -> set[Any]:
+            outcomes = set()
+            while not is_over.is_set():
+                answer = outcome(lambda: model.generate(REFERENCE, **GREEDY))
+                outcomes.add(answer.text if answer == reference else type(answer))
+            return outcomes
+
+        with ThreadPoolExecutor(4) as pool:
+            users = [pool.submit(ask, number) for number in range(4)]
+            for n_ctx in range(256, 266):
+                model.reload(n_ctx=n_ctx)
+                assert model.n_ctx == n_ctx
+            is_over.set()
+        for user in users:
+            assert user.result() <= {reference.text, ModelNotLoadedError}
+
+
 def test_k08_long_requests_that_fill_all_memory_are_answered_as_alone(model: Model):
     prompts = PROMPTS[: 2 * SLOTS]
     alone = [model.generate(prompt, **LONG) for prompt in prompts]

@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from typing import Any
 
 from tabagent_model import AsyncModel, Completion, Model
@@ -89,6 +90,7 @@ class Users:
 
 class Threads(Users):
     model: Model
+    ways = ("unread", "close", "leave", "drop", "callback", "raising", "elsewhere", "late")
 
     def run(self) -> None:
         for number in self.numbers:
@@ -148,8 +150,7 @@ class Threads(Users):
             return self.check(ask, model.generate(ask.prompt, **ask.fields))
 
     def cancel(self, ask: Ask) -> str:
-        ways = ("unread", "close", "leave", "drop", "callback", "raising", "elsewhere", "too_late")
-        return getattr(self, ways[int(ask.way * len(ways))])(ask)
+        return getattr(self, self.ways[int(ask.way * len(self.ways))])(ask)
 
     def unread(self, ask: Ask) -> str:
         stream = self.model.stream(ask.prompt, **ask.fields)
@@ -195,7 +196,7 @@ class Threads(Users):
         timer.join()
         return self.check_left(answer)
 
-    def too_late(self, ask: Ask) -> str:
+    def late(self, ask: Ask) -> str:
         outcome = self.stream(ask)
         stream = self.model.stream("a", max_tokens=1)
         stream.collect()
@@ -206,6 +207,7 @@ class Threads(Users):
 
 class Tasks(Users):
     model: AsyncModel
+    ways = ("unread", "close", "leave", "drop", "callback", "task", "tasks", "timeout", "late")
 
     async def run(self) -> None:
         for number in self.numbers:
@@ -270,8 +272,7 @@ class Tasks(Users):
             return self.check(ask, await model.generate(ask.prompt, **ask.fields))
 
     async def cancel(self, ask: Ask) -> str:
-        ways = ("unread", "close", "leave", "drop", "callback", "task", "timeout", "too_late")
-        return await getattr(self, ways[int(ask.way * len(ways))])(ask)
+        return await getattr(self, self.ways[int(ask.way * len(self.ways))])(ask)
 
     async def unread(self, ask: Ask) -> str:
         async with self.model.stream(ask.prompt, **ask.fields) as stream:
@@ -310,24 +311,30 @@ class Tasks(Users):
         return self.check_left(answer)
 
     async def task(self, ask: Ask) -> str:
-        task = asyncio.ensure_future(self.model.generate(ask.prompt, **ask.fields))
-        await asyncio.sleep(ask.delay)
+        return await self.cancelled(self.generate(ask), ask.delay)
+
+    async def tasks(self, ask: Ask) -> str:
+        crowd = self.crowd(replace(ask, prompt=[ask.prompt] * 3))
+        return await self.cancelled(crowd, ask.delay)
+
+    async def cancelled(self, use: Coroutine[Any, Any, str], delay: float) -> str:
+        task = asyncio.ensure_future(use)
+        await asyncio.sleep(delay)
         task.cancel()
         try:
-            return self.check(ask, await task)
+            return await task
         except asyncio.CancelledError:
             return "cancelled"
 
     async def timeout(self, ask: Ask) -> str:
-        use = self.model.generate(ask.prompt, **ask.fields)
         try:
-            return self.check(ask, await asyncio.wait_for(use, ask.delay))
+            return await asyncio.wait_for(self.generate(ask), ask.delay)
         except GenerationTimeoutError:
             raise
         except asyncio.TimeoutError:
             return "cancelled"
 
-    async def too_late(self, ask: Ask) -> str:
+    async def late(self, ask: Ask) -> str:
         outcome = await self.stream(ask)
         stream = self.model.stream("a", max_tokens=1)
         await stream.collect()
