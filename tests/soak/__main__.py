@@ -28,17 +28,19 @@ M = TypeVar("M", Model, AsyncModel)
 QUEUE_SIZE = 64
 M_ARENA_MAX = -8  # of malloc.h
 PATIENCE_S = 10
+PATIENCE_WITH_ALL_S = 300
 
 
 def main() -> int:
     args = arguments()
-    faulthandler.enable()
     take_one_arena()
     plan = Plan(args.seed, args.requests, args.cancels, args.mistakes, args.loads)
     expected = reference()
     before = belongings()
-    ledger = Ledger(args.requests, args.warm_up)
+    ledger = Ledger(args.requests, args.warm_up, on_sample=watch)
+    watch()
     soak(plan, ledger, args.users, expected)
+    faulthandler.cancel_dump_traceback_later()
     gc.collect()
     if not eventually(lambda: belongings() == before):
         ledger.fault(f"left behind: {belongings()}, and before it was {before}")
@@ -64,6 +66,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     parser.add_argument("--markdown", type=Path, help="write the table into this file")
     return parser.parse_args()
+
+
+def watch() -> None:
+    """Where nothing ends any more for minutes, say what everybody is doing, and end with 1."""
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(PATIENCE_WITH_ALL_S, exit=True)
 
 
 def take_one_arena() -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ SAMPLES = 400
 class Ledger:
     """Requests with a number below zero warm up: their faults count, and nothing else of them."""
 
-    def __init__(self, requests: int, warm_up: int) -> None:
+    def __init__(
+        self, requests: int, warm_up: int, on_sample: Callable[[], object] = lambda: None
+    ) -> None:
         self.requests = requests
         self.warm_up = warm_up
+        self.on_sample = on_sample
         self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -42,6 +46,7 @@ class Ledger:
                 self._seconds[kind].append(seconds)
         if number >= 0 and number % max(self.requests // SAMPLES, 1) == 0:
             self.memory.append((number, private_mib()))
+            self.on_sample()
 
     def count(self, what: str) -> None:
         with self._lock:
