@@ -82,7 +82,7 @@ def test_c03_more_sequences_than_rows_of_a_batch_are_refused(endless: Path):
 @pytest.mark.parametrize("flash_attn", ["on", "off"])
 def test_c14_keys_that_cannot_be_cut_into_blocks_are_refused(endless: Path, flash_attn: Any):
     # q8_0 takes 32 numbers at a time, and a head has 16.
-    with pytest.raises(TabAgentModelError, match="q8_0|quantized"):
+    with pytest.raises(TabAgentModelError, match=r"q8_0|quantized"):
         Model.load(endless, n_ctx=64, kv_type="q8_0", flash_attn=flash_attn)
 
 

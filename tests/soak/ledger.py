@@ -152,12 +152,18 @@ def private_mib() -> float:
 
 def belongings() -> dict[str, int]:
     """What a process has beside memory."""
-    children = Path("/proc/self/task").glob("*/children")
     return {
         "file descriptors": len(list(Path("/proc/self/fd").iterdir())),
         "threads": len(list(Path("/proc/self/task").iterdir())),
-        "children": sum(len(path.read_text().split()) for path in children),
+        "children": sum(map(num_children, Path("/proc/self/task").iterdir())),
     }
+
+
+def num_children(thread: Path) -> int:
+    try:
+        return len((thread / "children").read_text().split())
+    except OSError:  # it has just ended
+        return 0
 
 
 def machine() -> str:
