@@ -115,9 +115,11 @@ class Plan:
         return Ask(kind, _prompt(chance), _fields(chance))
 
 
-def _prompt(chance: random.Random) -> str:
-    """Mostly short; some long, and a fifth with one long beginning in common."""
+def _prompt(chance: random.Random) -> str | list[int]:
+    """Mostly short; some long, a fifth with one long beginning in common, some of token ids."""
     length = min(int(4 + chance.lognormvariate(math.log(30), 1)), 900)
+    if chance.random() < 0.1:
+        return chance.choices(range(256), k=length // 3 + 1)
     start = chance.randrange(len(STORY) - length)
     text = STORY[start : start + length]
     return PREAMBLE + text[:200] if chance.random() < 0.2 else text
