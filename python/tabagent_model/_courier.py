@@ -104,10 +104,10 @@ class Courier(threading.Thread):
 
     def send(self, request: Request, inbox: Inbox | LoopInbox) -> None:
         """Submit a request. What is wrong with it is raised here, and then no event will come."""
-        with self._lock:  # against a goodbye that would miss this inbox
-            self.check()
-            self._inboxes[request.id] = inbox
         try:
+            with self._lock:  # against a goodbye that would miss this inbox
+                self.check()
+                self._inboxes[request.id] = inbox
             self._context.submit(request.id, request.prompt, request.params)
         except Exception:
             self._inboxes.pop(request.id, None)
