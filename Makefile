@@ -12,7 +12,7 @@ CARGO   := cargo --locked
 QUIETLY := -q --disable-pip-version-check
 PIP     := $(BIN)/python -m pip install $(QUIETLY)
 
-.PHONY: try test lint bench docs wheel clean
+.PHONY: try test lint bench soak docs wheel clean
 
 try: $(VENV)/installed
 	@$(BIN)/python -m tabagent_model generate "What is the capital of France?"
@@ -32,6 +32,10 @@ lint: $(VENV)/installed-for-tests
 
 bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m benches
+
+# 100,000 requests of eight users; `make test` has 500 of them.
+soak: $(VENV)/installed-for-tests
+	$(BIN)/python -m tests.soak
 
 docs:
 	@echo "README.md          what it is and how to begin"

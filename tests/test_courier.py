@@ -224,6 +224,44 @@ def test_ctrl_c_ends_a_generation_and_the_model_stays_usable(use: str, delay: fl
     assert run_child(program, interrupt_after="ready\n") == (0, "ready\nstill alive\n")
 
 
+class InterruptedLock:
+    """Ctrl-C strikes in the moment in which it is let go, as it may after any call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.generate("x"),
+        lambda model: model.generate(["x", "y", "z"]),
+        lambda model: model.stream("x"),
+    ],
+    ids=["generate", "generate many", "stream"],
+)
+def test_ctrl_c_just_before_the_submit_leaves_nobody_waiting(use: Any):
+    context = ScriptedContext(["still ", "alive"])
+    model = Model(context)
+    courier = model._courier
+    assert courier is not None
+    lock, courier._lock = courier._lock, InterruptedLock()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        use(model)
+    courier._lock = lock
+    assert context.submitted == []
+    assert courier._inboxes == {}
+    assert model.generate("x").text == "still alive"
+    context.close()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_child_gets_an_error_and_the_parent_goes_on():
     program = """

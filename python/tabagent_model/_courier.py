@@ -124,11 +124,11 @@ class Courier(threading.Thread):
 
     def send(self, request: Request, inbox: Inbox | LoopInbox) -> None:
         """Submit a request. What is wrong with it is raised here, and then no event will come."""
-        with self._lock:  # against a goodbye that would miss this inbox
-            self.check()
-            self._inboxes[request.id] = inbox
         try:
             prompt = request.prompt() if callable(request.prompt) else request.prompt
+            with self._lock:  # against a goodbye that would miss this inbox
+                self.check()
+                self._inboxes[request.id] = inbox
             self._context.submit(request.id, prompt, request.params)
         except Exception:
             self._inboxes.pop(request.id, None)
