@@ -26,7 +26,7 @@ def test_the_defaults_are_the_documented_ones():
         "use_mmap": True,
         "use_mlock": False,
         "flash_attn": "auto",
-        "kv_type": "f16",
+        "kv_type": "auto",
         "vocab_only": False,
         "warmup": True,
     }

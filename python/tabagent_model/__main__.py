@@ -78,6 +78,31 @@ def doctor() -> None:
         facts["died in a trial"] = ", ".join(dead)
     for name, fact in facts.items():
         print(f"{name:18} {fact}")
+    print("\n" + attention_table())
+
+
+def attention_table() -> str:
+    from . import _attention
+
+    lines = []
+    for work, times in sorted(_attention.measured().items()):
+        choices = list(times)
+        own, best = choices[0], _attention.fastest(times, choices, work.n_ctx)
+        gain = _attention.cost(times[own], work.n_ctx) / _attention.cost(times[best], work.n_ctx)
+        seen = (f"{'+'.join(c)} {prompt:.0f} {answer:.0f}" for c, (prompt, answer) in times.items())
+        lines.append(
+            f"  {work.head_dim} × {work.n_head}/{work.n_head_kv}, n_ctx {work.n_ctx}, threads"
+            f" {work.n_threads}: {'+'.join(best)}, {gain:.2f} times as fast  ({', '.join(seen)})"
+        )
+    if not lines:
+        return "attention          not measured yet; the first load of a model does"
+    return "\n".join(
+        [
+            "attention: length × heads/of keys: choice, against llama.cpp's own"
+            "  (all: µs per layer for a token of a prompt, of an answer)",
+            *lines,
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ __all__ = [
     "get_cpu_variant",
     "get_optimal_binary",
     "inspect_gguf",
+    "measure_attention",
     "probe_cpu_module",
     "process_rss_mb",
     "start",
@@ -100,7 +101,7 @@ class PyModel:
         n_seq_max: int = 0,
         queue_size: int = 1024,
         flash_attn: Literal["auto", "on", "off"] = "auto",
-        kv_type: Literal["f16", "bf16", "f32", "q8_0"] = "f16",
+        kv_type: Literal["auto", "f16", "bf16", "f32", "q8_0"] = "auto",
         offload_kqv: bool = True,
         warmup: bool = True,
     ) -> PyContext:
@@ -108,7 +109,8 @@ class PyModel:
 
         Each of its `n_seq_max` sequences (0: as many as the memory suggests, at most 4) has room
         for `n_ctx` tokens, at most what the model was trained with. `n_threads=0` means the
-        physical cores this process may use, at most 8.
+        physical cores this process may use, at most 8. `auto` for `flash_attn` or `kv_type` means
+        what was measured to be the fastest on this CPU, and on a GPU what llama.cpp chooses.
         """
     def generate(
         self, prompt: str | Sequence[int], max_tokens: int = 100, **sampling: Any
@@ -159,6 +161,11 @@ class PyContext:
     def n_seq_max(self) -> int: ...
     @property
     def n_threads(self) -> int: ...
+    @property
+    def flash_attn(self) -> Literal["auto", "on", "off"]:
+        """As it computes; `auto` where llama.cpp decides."""
+    @property
+    def kv_type(self) -> Literal["f16", "bf16", "f32", "q8_0"]: ...
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]: ...
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> str: ...
     def token_to_text(self, token: int) -> str: ...
@@ -214,6 +221,14 @@ def cpu_modules(folder: str) -> list[tuple[str, int]]:
 
 def probe_cpu_module(folder: str, module: str) -> None:
     """Multiply a matrix of each weight type on that module; for a throw-away child process."""
+
+def measure_attention(
+    head_dim: int, n_head: int, n_head_kv: int, n_ctx: int, n_threads: int
+) -> dict[tuple[str, str], tuple[float, float]] | None:
+    """Time one layer on the CPU, in about a second at most. None: the machine was busy.
+
+    By `flash_attn` and `kv_type`: microseconds for a token of a prompt, and for one of the answer.
+    """
 
 def take_log() -> list[tuple[Literal["debug", "info", "warning", "error"], str]]:
     """Sleep until llama.cpp has logged something, and take it. An empty list: shutting down."""

@@ -79,6 +79,8 @@ class _Base:
                 "n_batch": context.n_batch,
                 "n_threads": context.n_threads,
                 "max_parallel": context.n_seq_max,
+                "flash_attn": context.flash_attn,
+                "kv_type": context.kv_type,
             }
         if self.is_loaded and (native := self._native) is not None:
             facts |= {

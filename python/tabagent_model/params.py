@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="_Config")
 SplitMode = Literal["none", "layer", "row"]
 FlashAttention = Literal["auto", "on", "off"]
-KvType = Literal["f16", "bf16", "f32", "q8_0"]
+KvType = Literal["auto", "f16", "bf16", "f32", "q8_0"]
 Priority = Literal["high", "normal", "low"]
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-chat.gguf"
@@ -111,7 +111,9 @@ class ModelConfig(_Config):
     use_mmap: bool = True
     use_mlock: bool = False
     flash_attn: FlashAttention = "auto"
-    kv_type: KvType = "f16"
+    """"auto": what was measured to be the fastest on this CPU; on a GPU llama.cpp decides."""
+    kv_type: KvType = "auto"
+    """Of the keys and values in the cache. "auto": the fastest here, and never below 16 bits."""
     vocab_only: bool = False
     """Open the tokenizer only; nothing can be generated."""
     warmup: bool = True
@@ -131,7 +133,7 @@ class ModelConfig(_Config):
         _switch(self, "use_mmap")
         _switch(self, "use_mlock")
         _choice(self, "flash_attn", ("auto", "on", "off"))
-        _choice(self, "kv_type", ("f16", "bf16", "f32", "q8_0"))
+        _choice(self, "kv_type", ("auto", "f16", "bf16", "f32", "q8_0"))
         _switch(self, "vocab_only")
         _switch(self, "warmup")
         return self

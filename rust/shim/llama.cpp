@@ -1,34 +1,12 @@
 // The calls of llama.h that can throw: context, decode, tokens.
+#include "cpu.h"
 #include "guard.h"
 
-#include "ggml-backend.h"
 #include "llama.h"
 
 #include <memory>
 #include <stdexcept>
 #include <vector>
-
-namespace {
-
-// The CPU backend is a module chosen at run time, so its functions are found by name.
-template <class F>
-F cpu_function(const char * name) {
-    ggml_backend_reg_t registry = ggml_backend_reg_by_name("CPU");
-    return registry ? reinterpret_cast<F>(ggml_backend_reg_get_proc_address(registry, name)) : nullptr;
-}
-
-ggml_threadpool_t new_pool(int n_threads, uint32_t poll) {
-    auto make = cpu_function<ggml_threadpool_t (*)(ggml_threadpool_params *)>("ggml_threadpool_new");
-    if (!make) {
-        throw std::runtime_error("the CPU backend offers no thread pool");
-    }
-    ggml_threadpool_params params;
-    ggml_threadpool_params_init(&params, n_threads);
-    params.poll = poll;
-    return make(&params);
-}
-
-}  // namespace
 
 struct ta_context {
     llama_context * llama = nullptr;
@@ -46,12 +24,7 @@ struct ta_context {
             llama_detach_threadpool(llama);
             llama_free(llama);
         }
-        if (pool) {
-            auto free_pool = cpu_function<void (*)(ggml_threadpool_t)>("ggml_threadpool_free");
-            if (free_pool) {
-                free_pool(pool);
-            }
-        }
+        free_pool(pool);
     }
 };
 

@@ -1,6 +1,7 @@
 //! Context: the handle of one llama.cpp context. It submits, aborts, hands out events and closes;
 //! the work is done by its owner thread.
 
+mod attention;
 pub mod message;
 mod pace;
 pub mod runner;
@@ -16,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::config::{ContextConfig, GenerationConfig};
+use crate::config::{ContextConfig, GenerationConfig, KvType};
 use crate::error::{Error, Result};
 use crate::gguf::Description;
 use crate::hardware::{cpu, memory};
@@ -26,6 +27,7 @@ use message::{Command, Event, FinishReason, Outbox, Request};
 use runner::{Interrupt, Limits, LlamaRunner, N_CTX_STEP, Runner};
 use scheduler::Scheduler;
 
+pub use attention::{Attention, Heads, Options, Timing, measure};
 pub use pace::Pace;
 pub use sampler::Sampler;
 pub use slots::Slots;
@@ -43,6 +45,7 @@ pub struct Context {
     shared: Arc<Shared>,
     limits: Limits,
     n_threads: u32,
+    attention: Attention,
     queue_size: usize,
     process: u32,
     closed: AtomicBool,
@@ -88,11 +91,14 @@ impl Context {
             log::note(log::Level::Warning, line);
             config.n_ctx = trained;
         }
+        if let Some(options) = Options::of(&model, &config) {
+            let Attention { flash_attn, kv_type } = options.built_in();
+            config = ContextConfig { flash_attn, kv_type, ..config };
+        } else if config.kv_type == KvType::Auto {
+            config.kv_type = KvType::F16;
+        }
         let n_seq_max = plan_sequences(&model, &config)?;
-        let n_threads = match config.n_threads {
-            0 => cpu::default_threads() as u32,
-            n => n.min(std::thread::available_parallelism().map_or(1, usize::from) as u32),
-        };
+        let n_threads = threads_of(&config);
         let interrupt = Interrupt::default();
         let weak = Arc::downgrade(&model);
         let mut runner = LlamaRunner::new(model, &config, n_seq_max, n_threads, interrupt.clone())?;
@@ -102,6 +108,7 @@ impl Context {
         let mut context = Context::with_runner(runner, config.queue_size, interrupt)?;
         context.model = weak;
         context.n_threads = n_threads;
+        context.attention = Attention { flash_attn: config.flash_attn, kv_type: config.kv_type };
         Ok(context)
     }
 
@@ -131,6 +138,7 @@ impl Context {
             shared,
             limits,
             n_threads: 1,
+            attention: attention::ALL[0],
             queue_size,
             process: std::process::id(),
             closed: AtomicBool::new(false),
@@ -225,6 +233,11 @@ impl Context {
 
     pub fn n_threads(&self) -> u32 {
         self.n_threads
+    }
+
+    /// What it computes with. Flash attention may still be automatic: llama.cpp's to choose.
+    pub fn attention(&self) -> Attention {
+        self.attention
     }
 
     pub fn model(&self) -> Result<Arc<Model>> {
@@ -414,6 +427,13 @@ fn check_generates(description: &Description) -> Result<()> {
         _ => return Ok(()),
     };
     Err(Error::UnsupportedModel { path: description.path.clone(), what: what.into() })
+}
+
+fn threads_of(config: &ContextConfig) -> u32 {
+    match config.n_threads {
+        0 => cpu::default_threads() as u32,
+        n => n.min(std::thread::available_parallelism().map_or(1, usize::from) as u32),
+    }
 }
 
 /// How many sequences the context gets; refuses what does not fit into memory.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::pace::Pace;
-use crate::config::{ContextConfig, FlashAttention, KvType};
+use crate::config::{ContextConfig, FlashAttention};
 use crate::error::{Error, Result};
 use crate::ffi::{self, ContextParams, ShimContext};
 use crate::log;
@@ -137,12 +137,7 @@ impl LlamaRunner {
                 FlashAttention::Off => 0,
                 FlashAttention::On => 1,
             },
-            kv_type: match config.kv_type {
-                KvType::F32 => llama_cpp_sys_2::GGML_TYPE_F32 as i32,
-                KvType::F16 => llama_cpp_sys_2::GGML_TYPE_F16 as i32,
-                KvType::Bf16 => llama_cpp_sys_2::GGML_TYPE_BF16 as i32,
-                KvType::Q8_0 => llama_cpp_sys_2::GGML_TYPE_Q8_0 as i32,
-            },
+            kv_type: config.kv_type.ggml_type(),
             // Long enough to be awake for the next step, short enough to leave the core to Python.
             poll: 1,
             kv_unified: false,
