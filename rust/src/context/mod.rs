@@ -27,7 +27,7 @@ use message::{Command, Event, FinishReason, Outbox, Request};
 use runner::{Interrupt, Limits, LlamaRunner, N_CTX_STEP, Runner};
 use scheduler::Scheduler;
 
-pub use attention::{Attention, Heads, Options, Timing, measure};
+pub use attention::{ALL as ATTENTIONS, Attention, Heads, Options, Timing, measure};
 pub use pace::Pace;
 pub use sampler::Sampler;
 pub use slots::Slots;
