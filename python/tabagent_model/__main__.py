@@ -82,27 +82,24 @@ def doctor() -> None:
 
 
 def attention_table() -> str:
+    """What was measured on this machine, and what is chosen where both settings are automatic."""
     from . import _attention
 
-    lines = []
-    for work, times in sorted(_attention.measured().items()):
+    if not (measured := _attention.measured()):
+        return "attention          not measured yet; the first load of a model does"
+    lines = ["attention          on this machine, of a layer: µs for a token read + written"]
+    for work, times in sorted(measured.items()):
         choices = list(times)
         own, best = choices[0], _attention.fastest(times, choices, work.n_ctx)
         gain = _attention.cost(times[own], work.n_ctx) / _attention.cost(times[best], work.n_ctx)
-        seen = (f"{'+'.join(c)} {prompt:.0f} {answer:.0f}" for c, (prompt, answer) in times.items())
-        lines.append(
-            f"  {work.head_dim} × {work.n_head}/{work.n_head_kv}, n_ctx {work.n_ctx}, threads"
-            f" {work.n_threads}: {'+'.join(best)}, {gain:.2f} times as fast  ({', '.join(seen)})"
-        )
-    if not lines:
-        return "attention          not measured yet; the first load of a model does"
-    return "\n".join(
-        [
-            "attention: length × heads/of keys: choice, against llama.cpp's own"
-            "  (all: µs per layer for a token of a prompt, of an answer)",
-            *lines,
+        seen = (f"{'+'.join(c)} {read:.1f} + {write:.0f}" for c, (read, write) in times.items())
+        lines += [
+            f"  heads of {work.head_dim} x {work.n_head}/{work.n_head_kv}, n_ctx {work.n_ctx},"
+            f" threads {work.n_threads}: {'+'.join(best)},"
+            f" {gain:.2f} times as fast as {'+'.join(own)}",
+            f"    {', '.join(seen)}",
         ]
-    )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Which attention a model computes with on a CPU: measured once, and remembered.
 
-llama.cpp's own choice, flash attention over a cache of f16, is seldom the fastest on a CPU, and which
-one is depends on the processor, the module, the heads, the depth and the threads. The first load of
-a model with other heads measures (`rust/src/context/attention.rs`), and waits for it: half a second
-or less, once for each machine, while a context could not change its mind afterwards.
-`TABAGENT_CALIBRATE=0` turns that off; what was measured before, or else a built-in rule, then decides.
+llama.cpp's own choice, flash attention over a cache of f16, is seldom the fastest on a CPU; which
+one is depends on the processor, the module, the heads, the depth and the threads. The first load
+of a model with other heads measures (`rust/src/context/attention.rs`) and waits for it: half a
+second or so, once for each machine, while a context could not change its mind afterwards.
+`TABAGENT_CALIBRATE=0` turns that off. Then what was measured before decides, or a built-in rule.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def cost(times: tuple[float, float], n_ctx: int) -> float:
 
 def _measure(work: Work) -> Times | None:
     log = logging.getLogger("tabagent_model")
-    log.info("measuring attention for heads of %d × %d/%d at n_ctx=%d, %d threads", *work)
+    log.info("measuring attention for heads of %d x %d/%d at n_ctx=%d, %d threads", *work)
     times = _native.core.measure_attention(*work)
     if times is None:
         log.info("the machine is busy; taking the attention of the built-in rule for now")

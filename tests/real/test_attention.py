@@ -1,0 +1,46 @@
+"""The choice of attention on the real engine: it is made, seen, and changes no answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from tabagent_model import Model
+
+pytestmark = pytest.mark.model
+
+CHOICES = [("on", "f16"), ("off", "f16"), ("off", "bf16"), ("off", "f32")]
+PROMPTS = [
+    "Once upon a time",
+    "The cat",
+    "Why is the sky blue?",
+    "One, two, three, four, five, six, seven,",
+    "Ünïcödé and 字 and 🙂",
+    "What is the capital of France?",
+]
+
+
+def load(**fields) -> Model:
+    return Model.load(n_ctx=256, max_parallel=1, n_threads=1, **fields)
+
+
+def test_every_choice_gives_the_same_answers():
+    answers = []
+    for flash_attn, kv_type in CHOICES:
+        with load(flash_attn=flash_attn, kv_type=kv_type) as model:
+            assert (model.info()["flash_attn"], model.info()["kv_type"]) == (flash_attn, kv_type)
+            answers.append(
+                [model.generate(p, max_tokens=24, temperature=0, repeat_penalty=1) for p in PROMPTS]
+            )
+    assert answers == [answers[0]] * len(CHOICES)
+
+
+def test_automatic_means_one_of_them_and_keeps_what_is_fixed():
+    with load() as model:
+        info = model.info()
+    assert (info["flash_attn"], info["kv_type"]) in CHOICES
+    with load(kv_type="f16") as model:
+        info = model.info()
+    assert (info["flash_attn"] in ("on", "off"), info["kv_type"]) == (True, "f16")
+    with load(flash_attn="on") as model:
+        info = model.info()
+    assert (info["flash_attn"], info["kv_type"]) == ("on", "f16")
