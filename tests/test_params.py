@@ -25,6 +25,7 @@ def test_the_defaults_are_the_documented_ones():
         "split_mode": "layer",
         "use_mmap": True,
         "use_mlock": False,
+        "repack": "auto",
         "flash_attn": "auto",
         "kv_type": "auto",
         "vocab_only": False,
@@ -158,6 +159,8 @@ WRONG_MODEL: list[tuple[str, Any]] = [
     ("kv_type", "q9"),
     ("use_mmap", "yes"),
     ("use_mlock", 1),
+    ("repack", "always"),
+    ("repack", 1),
     ("model_path", 5),
 ]
 WRONG_GENERATION: list[tuple[str, Any]] = [

@@ -51,8 +51,11 @@ class PyModel:
         library_path: str | None = None,
         n_gpu_layers: int | None = None,
         use_mlock: bool | None = None,
+        repack: bool | None = None,
     ) -> None:
         """Read a model file. `progress` gets 0.0 to 1.0; returning False stops the load.
+
+        `repack` lays weights out anew for the CPU; None does it where it pays.
 
         `dll_path` and `library_path` are accepted for old callers and ignored: the package brings
         its own llama.cpp.
@@ -69,6 +72,9 @@ class PyModel:
     @property
     def device(self) -> str:
         """`cpu`, or the name of the GPU that holds layers."""
+    @property
+    def is_repacked(self) -> bool:
+        """Weights may lie in another layout than the file's, where the CPU has one for them."""
     @property
     def load_time_ms(self) -> float: ...
     @property

@@ -92,6 +92,7 @@ class _Base:
                 "n_layers": native.layer_count(),
                 "vocab_size": native.vocab_size(),
                 "gpu_layers": native.gpu_layers,
+                "is_repacked": native.is_repacked,
                 "load_time_ms": native.load_time_ms,
             }
         return facts

@@ -110,6 +110,8 @@ class ModelConfig(_Config):
     split_mode: SplitMode = "layer"
     use_mmap: bool = True
     use_mlock: bool = False
+    repack: bool | Literal["auto"] = "auto"
+    """Lay weights out anew for the CPU, in memory of our own; "auto": where that is faster."""
     flash_attn: FlashAttention = "auto"
     """"auto": what was measured to be the fastest on this CPU; on a GPU llama.cpp decides."""
     kv_type: KvType = "auto"
@@ -132,6 +134,8 @@ class ModelConfig(_Config):
         _choice(self, "split_mode", ("none", "layer", "row"))
         _switch(self, "use_mmap")
         _switch(self, "use_mlock")
+        if self.repack != "auto":
+            _switch(self, "repack", also='"auto", ')
         _choice(self, "flash_attn", ("auto", "on", "off"))
         _choice(self, "kv_type", ("auto", "f16", "bf16", "f32", "q8_0"))
         _switch(self, "vocab_only")
@@ -283,6 +287,7 @@ class ModelFields(TypedDict, total=False):
     split_mode: SplitMode | None
     use_mmap: bool | None
     use_mlock: bool | None
+    repack: bool | Literal["auto"] | None
     flash_attn: FlashAttention | None
     kv_type: KvType | None
     vocab_only: bool | None
@@ -372,10 +377,10 @@ def _number(
     _put(config, name, number)
 
 
-def _switch(config: _Config, name: str) -> None:
+def _switch(config: _Config, name: str, *, also: str = "") -> None:
     value = getattr(config, name)
     if type(value).__name__ not in ("bool", "bool_"):  # numpy's, too
-        raise _refusal(name, "True or False", value)
+        raise _refusal(name, f"{also}True or False", value)
     _put(config, name, bool(value))
 
 

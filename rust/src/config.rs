@@ -15,6 +15,8 @@ pub struct ModelConfig {
     pub mmap: bool,
     pub mlock: bool,
     pub vocab_only: bool,
+    /// Lay weights out anew for the CPU: `None` does it where it pays.
+    pub repack: Option<bool>,
     /// For contexts made with [`Model::create_context`](crate::model::Model::create_context).
     pub context: ContextConfig,
 }
@@ -42,6 +44,7 @@ impl ModelConfig {
             mmap: true,
             mlock: false,
             vocab_only: false,
+            repack: None,
             context: ContextConfig::default(),
         })
     }

@@ -33,7 +33,7 @@ impl PyModel {
 
     #[pyo3(signature = (model_path=None, *, dll_path=None, gpu_layers=0, mlock=false, mmap=true,
         main_gpu=0, vocab_only=false, split_mode="layer", progress=None, library_path=None,
-        n_gpu_layers=None, use_mlock=None))]
+        n_gpu_layers=None, use_mlock=None, repack=None))]
     #[allow(clippy::too_many_arguments)] // the seed's signature
     fn load(
         &self,
@@ -50,6 +50,7 @@ impl PyModel {
         library_path: Option<&Bound<'_, PyAny>>,
         n_gpu_layers: Option<i32>,
         use_mlock: Option<bool>,
+        repack: Option<bool>,
     ) -> PyResult<()> {
         if dll_path.is_some() || library_path.is_some() {
             let message =
@@ -68,6 +69,7 @@ impl PyModel {
             mlock: use_mlock.unwrap_or(mlock),
             vocab_only,
             split_mode: self::split_mode(split_mode)?,
+            repack,
             ..guarded(py, move || ModelConfig::new(model_path_of(model_path)?))?
         };
         self.drop_model(py); // the old one's memory is free before the new one needs its own
@@ -124,6 +126,11 @@ impl PyModel {
         let on_gpu = self.model()?.gpu_layers() > 0;
         let gpu = backend_devices().into_iter().find(|device| on_gpu && device.is_gpu);
         Ok(gpu.map_or_else(|| "cpu".into(), |device| device.name))
+    }
+
+    #[getter]
+    fn is_repacked(&self) -> PyResult<bool> {
+        Ok(self.model()?.is_repacked())
     }
 
     #[getter]

@@ -1,4 +1,4 @@
-"""The choice of attention on the real engine: it is made, seen, and changes no answer."""
+"""What is chosen for speed on the real engine: it is made, seen, and changes no answer."""
 
 from __future__ import annotations
 
@@ -44,3 +44,9 @@ def test_automatic_means_one_of_them_and_keeps_what_is_fixed():
     with load(flash_attn="on") as model:
         info = model.info()
     assert (info["flash_attn"], info["kv_type"]) == ("on", "f16")
+
+
+def test_whether_weights_are_laid_out_anew_can_be_said_and_seen():
+    for repack in (True, False):
+        with load(repack=repack) as model:
+            assert model.info()["is_repacked"] is repack
