@@ -78,7 +78,7 @@ def doctor() -> None:
         facts["died in a trial"] = ", ".join(dead)
     for name, fact in facts.items():
         print(f"{name:18} {fact}")
-    print("\n" + attention_table())
+    print(attention_table())
 
 
 def attention_table() -> str:
