@@ -105,10 +105,8 @@ impl Heads {
             count_kv: description.n_head_kv,
         })
     }
-}
 
-impl Heads {
-    /// What ggml would answer with an abort.
+    /// Refuses what ggml would answer with an abort.
     fn check(self) -> Result<Heads> {
         let Heads { dim, count, count_kv } = self;
         let is_sound =
