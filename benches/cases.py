@@ -1,4 +1,4 @@
-"""The cases: who does which job with which model, and which figures of it are shown."""
+"""The cases: who does which job with which model, which figures are shown, what they must reach."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ from typing import Any
 HALF = "qwen2.5-0.5b-q4_0"
 OURS = "tabagent_model"
 OURS_ASYNC = "tabagent_model async"
+LIKE_US = ", our attention"
+"""Ends the name of a tool of llama.cpp that runs with the attention settings that we chose."""
+BENCH_LIKE_US = "llama-bench" + LIKE_US
+BATCHED_LIKE_US = "llama-batched-bench" + LIKE_US
 
 _ONE = (OURS, "llama-bench", "llama-server", "llama-cpp-python", "xllamacpp")
 _TALKING = (OURS, "llama-server", "llama-cpp-python", "xllamacpp")
-_MANY = (OURS_ASYNC, "llama-batched-bench", "llama-server", "xllamacpp")
+_MANY = (OURS_ASYNC, "llama-batched-bench", BATCHED_LIKE_US, "llama-server", "xllamacpp")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What our figure must reach: a number, or so many times the figure of a contender."""
+
+    bound: float
+    against: str | None = None
 
 
 @dataclass(frozen=True)
@@ -22,12 +34,19 @@ class Metric:
     more_is_better: bool = False
     has_factor: bool = True
     """Whether how many times more or less it is says anything."""
+    targets: tuple[Target, ...] = ()
+
+    def demand(self, target: Target) -> str:
+        sign = "≥" if self.more_is_better else "≤"
+        unit = f"x {target.against}" if target.against else self.unit
+        return f"{sign} {target.bound:g} {unit}"
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
     title: str
+    group: str
     model: str
     job: str
     parameters: dict[str, Any]
@@ -35,139 +54,294 @@ class Case:
     metrics: tuple[Metric, ...]
     n_ctx: int = 512
     streams: int = 1
-    neighbour: bool = False
-    """Whether somebody computes beside it at nice 19."""
+    takes_s: float = 5.0
+    """One run of one contender on two cores, about; for the estimate."""
     short: dict[str, Any] | None = field(default=None)
     """Parameters for the short run, with the tiny model; None: it is not in there."""
 
     def by_cpu_time(self) -> Case:
         """The same job, judged by the CPU time it takes."""
-        engines = [name for name in self.engines if name not in _OUTSIDE]
+        engines = [name for name in self.engines if name.removesuffix(LIKE_US) not in _OUTSIDE]
         title = f"{self.title}, per CPU second"
         return replace(self, title=title, engines=tuple(engines), metrics=(_CPU_RATE,))
 
     def shortened(self) -> Case:
+        """With the tiny model, for which no target was set unless it is the case's own."""
         parameters = {**self.parameters, **(self.short or {})}
         streams = parameters.get("streams", self.streams)
-        title = self.title.replace(self.model, "tiny")
-        changes: dict[str, Any] = dict(model="tiny", parameters=parameters, streams=streams)
-        return replace(self, title=title, **changes)
+        metrics = self.metrics
+        if self.model != "tiny":
+            metrics = tuple(replace(metric, targets=()) for metric in metrics)
+        return replace(
+            self,
+            title=self.title.replace(self.model, "tiny"),
+            model="tiny",
+            parameters=parameters,
+            streams=streams,
+            metrics=metrics,
+            takes_s=min(self.takes_s, 3.0),
+        )
 
 
 _RATE = Metric("rate", "tokens/s", "tok/s", more_is_better=True)
 _FIRST = Metric("first_ms", "first token", "ms")
 _CPU_RATE = Metric("cpu_rate", "tokens per CPU second", "tok/s", more_is_better=True)
+_KEPT = Metric("kept", "of the undisturbed speed", "x", more_is_better=True)
+_AGGREGATE = Metric("kept", "both together, of one alone", "x", more_is_better=True)
 _OUTSIDE = ("llama-bench", "llama-batched-bench")
 
 
-def _decode(name: str, model: str, depth: int = 4, tokens: int = 128, **more: Any) -> Case:
+def _with(metric: Metric, *targets: Target) -> Metric:
+    return replace(metric, targets=targets)
+
+
+def _decode(
+    name: str,
+    model: str,
+    *targets: Target,
+    depth: int = 4,
+    tokens: int = 128,
+    takes_s: float = 4,
+    short: dict[str, Any] | None = None,
+) -> Case:
     after = f" after {depth:,} tokens" if depth > 4 else ""
-    beside = " beside a busy process at nice 19" if more.get("neighbour") else ""
     return Case(
         name,
-        f"decode, one stream{after}{beside}, {model}",
+        f"decode, one stream{after}, {model}",
+        "one-stream",
         model,
         "decode",
         dict(depth=depth, tokens=tokens),
         _ONE,
-        (_RATE,),
+        (_with(_RATE, *targets),),
         n_ctx=depth + tokens + 128,
-        **more,
+        takes_s=takes_s,
+        short=short,
     )
 
 
-def _crowd(streams: int) -> Case:
+def _crowd(streams: int, takes_s: float) -> Case:
     return Case(
         f"crowd-{streams}",
         f"{streams} streams of 400 + 128 tokens, {HALF}",
+        "crowd",
         HALF,
         "crowd",
         dict(streams=streams, prompt=400, tokens=128),
         _MANY,
-        (Metric("seconds", "until all are done", "s"),),
+        (
+            replace(
+                _RATE,
+                title="new tokens/s",
+                targets=(
+                    Target(1.5, "llama-server"),
+                    Target(0.97, BATCHED_LIKE_US),
+                    Target(3, "xllamacpp"),
+                ),
+            ),
+        ),
         n_ctx=640,
         streams=streams,
+        takes_s=takes_s,
+    )
+
+
+def _beside_prefill(name: str, title: str, chat_is_first: bool) -> Case:
+    return Case(
+        name,
+        f"{title}, {HALF}",
+        "latency",
+        HALF,
+        "beside_prefill",
+        dict(prompt=4000, chat=30, chat_is_first=chat_is_first),
+        (OURS_ASYNC, "llama-server", "xllamacpp"),
+        (
+            Metric("p99_factor", "p99 gap, of the undisturbed", "x", targets=(Target(3),)),
+            Metric("longest_factor", "longest gap, of the undisturbed", "x"),
+            # Whoever lets the chat wait until the prompt is read has no gaps to show.
+            Metric(
+                "in_time_percent",
+                "of the chat, said before the long prompt was read",
+                "%",
+                has_factor=False,
+            ),
+            Metric("chat_first_ms", "the chat's first token", "ms"),
+            Metric("chat_ms", "the chat's end", "ms"),
+            Metric("prompt_ms", "first token of the long prompt", "ms"),
+        ),
+        n_ctx=4352,
+        streams=2,
+        takes_s=18,
+    )
+
+
+def _neighbour(name: str, who: str, nice: int, cores: int, *targets: Target) -> Case:
+    return Case(
+        name,
+        f"decode beside {who}, {HALF}",
+        "neighbours",
+        HALF,
+        "beside_neighbours",
+        dict(tokens=64, nice=nice, cores=cores),
+        _ONE,
+        (
+            _with(_KEPT, *targets),
+            replace(_RATE, title="tokens/s beside it"),
+            Metric("neighbour_cpus", "what it got", "CPUs", has_factor=False),
+        ),
+        takes_s=12,
+    )
+
+
+def _two(name: str, title: str, engines: tuple[str, ...], bound: float) -> Case:
+    return Case(
+        name,
+        f"{title}, {HALF}",
+        "neighbours",
+        HALF,
+        name.replace("-", "_"),
+        dict(tokens=128),
+        engines,
+        (_with(_AGGREGATE, Target(bound)), replace(_RATE, title="tokens/s of both")),
+        takes_s=10,
+    )
+
+
+def _kv_layout(streams: int, shared: bool, takes_s: float) -> Case:
+    whose = "one shared prompt" if shared else "a prompt of 200 each"
+    return Case(
+        f"kv-layout-{'shared-' if shared else ''}{streams}",
+        f"KV cache, {streams} stream{'s' * (streams > 1)}, {whose}, 32 new tokens each, {HALF}",
+        "kv-layout",
+        HALF,
+        "kv_layout",
+        dict(streams=streams, prompt=1000 if shared else 200, tokens=32, shared=shared),
+        (BATCHED_LIKE_US,),
+        (
+            Metric("streams_s", "a stream per sequence", "s", has_factor=False),
+            Metric("unified_s", "unified", "s", has_factor=False),
+            Metric("factor", "unified takes so many times as long", "x", has_factor=False),
+        ),
+        n_ctx=1280 if shared else 256,
+        streams=streams,
+        takes_s=takes_s,
+    )
+
+
+def _sampling(name: str, model: str, tokens: int, *targets: Target) -> Case:
+    return Case(
+        name,
+        f"all sampling options against greedy, {model}",
+        "sampling",
+        model,
+        "sampling",
+        dict(tokens=tokens, pairs=6),
+        (OURS,),
+        (
+            Metric("cost_percent", "of a step", "%", has_factor=False, targets=targets),
+            Metric("full_rate", "all options", "tok/s", more_is_better=True),
+            Metric("greedy_rate", "greedy", "tok/s", more_is_better=True),
+        ),
+        takes_s=12,
     )
 
 
 CASES = (
-    _decode("decode", HALF),
-    _decode("decode-tiny", "tiny", tokens=256, short=dict(tokens=256)),
-    _decode("decode-400", HALF, depth=400),
-    _decode("decode-3500", HALF, depth=3500),
-    _decode("decode-q8_0", "qwen2.5-0.5b-q8_0"),
-    _decode("decode-1.5b", "qwen2.5-1.5b-q4_k", tokens=64),
-    _decode("decode-1b", "llama-3.2-1b-q4_0", tokens=64),
+    _decode("decode", HALF, Target(1.0, "llama-bench")),
+    _decode(
+        "decode-tiny",
+        "tiny",
+        Target(0.9, "llama-bench"),
+        Target(2, "llama-cpp-python"),
+        tokens=256,
+        takes_s=2,
+        short={},
+    ),
+    _decode("decode-400", HALF, Target(1.4, "llama-server"), depth=400, takes_s=6),
+    _decode("decode-3500", HALF, Target(2, "llama-server"), depth=3500, tokens=64, takes_s=18),
+    _decode("decode-q8_0", "qwen2.5-0.5b-q8_0", takes_s=5),
+    _decode("decode-1.5b", "qwen2.5-1.5b-q4_k", tokens=64, takes_s=8),
+    _decode("decode-1b", "llama-3.2-1b-q4_0", tokens=64, takes_s=8),
     Case(
         "prefill",
         f"prompt of 512 tokens, {HALF}",
+        "one-stream",
         HALF,
         "prefill",
         dict(prompt=512),
         _ONE,
-        (_RATE,),
+        (_with(_RATE, Target(1.0, "llama-bench")),),
         n_ctx=768,
+        takes_s=4,
         short={},
     ),
     Case(
         "first-token",
         f"first token of a 400-token prompt, {HALF}",
+        "latency",
         HALF,
         "prefill",
         dict(prompt=400),
-        _ONE,
-        (_FIRST,),
+        (*_ONE, BENCH_LIKE_US),
+        # llama-bench tells how long the prompt itself takes, computed as we compute it.
+        (_with(_FIRST, Target(1.05, BENCH_LIKE_US)),),
         n_ctx=768,
+        takes_s=4,
     ),
     Case(
         "follow-up",
         f"first token after a shared beginning of 1,000 tokens, {HALF}",
+        "latency",
         HALF,
         "follow_up",
         dict(shared=1000, own=20),
         _TALKING,
-        (_FIRST, Metric("cold_ms", "first token without it", "ms")),
+        (
+            Metric(
+                "factor",
+                "so many times as fast as without it",
+                "x",
+                more_is_better=True,
+                targets=(Target(10),),
+            ),
+            _FIRST,
+            Metric("cold_ms", "first token without it", "ms"),
+        ),
         n_ctx=1280,
         streams=4,
+        takes_s=7,
     ),
-    _crowd(8),
-    _crowd(32),
-    Case(
-        "beside-prefill",
-        f"a 30-token chat that begins during a 4,000-token prefill, {HALF}",
-        HALF,
-        "beside_prefill",
-        dict(prompt=4000, chat=30),
-        (OURS_ASYNC, "llama-server", "xllamacpp"),
-        (
-            Metric("chat_first_ms", "its first token", "ms"),
-            Metric("gap_ms", "its longest pause", "ms"),
-            Metric("chat_ms", "its end", "ms"),
-            Metric("prompt_ms", "first token of the long prompt", "ms"),
-        ),
-        n_ctx=4352,
-        streams=2,
+    _beside_prefill(
+        "chat-during-prefill", "a 30-token chat that begins during a 4,000-token prefill", False
     ),
+    _beside_prefill(
+        "prefill-during-chat", "a 4,000-token prefill that begins during a 30-token chat", True
+    ),
+    _crowd(8, takes_s=22),
+    _crowd(32, takes_s=75),
     Case(
         "event-loop",
         "64 streams of 16 + 64 tokens in one event loop, tiny",
+        "crowd",
         "tiny",
         "event_loop",
         dict(streams=64, prompt=16, tokens=64),
         (OURS_ASYNC,),
         (
-            _RATE,
-            Metric("lag_p99_ms", "the loop's lag, 99th percentile", "ms"),
-            Metric("python_percent", "Python's share of the CPU time", "%"),
+            Metric("lag_p99_ms", "the loop's lag, 99th percentile", "ms", targets=(Target(5),)),
+            Metric("python_percent", "Python's share of a core", "%", targets=(Target(15),)),
             Metric("python_us_per_token", "Python's CPU time per token", "µs"),
+            _RATE,
         ),
         n_ctx=128,
         streams=64,
+        takes_s=3,
         short={},
     ),
     Case(
         "crowd-tiny",
         "64 streams of 16 + 64 tokens, tiny",
+        "crowd",
         "tiny",
         "crowd",
         dict(streams=64, prompt=16, tokens=64),
@@ -175,16 +349,38 @@ CASES = (
         (_RATE,),
         n_ctx=128,
         streams=64,
+        takes_s=4,
     ),
-    _decode("neighbour", HALF, tokens=16, neighbour=True),
+    _neighbour("neighbour-nice-19", "one busy core at nice 19", 19, 1, Target(0.5)),
+    _neighbour("neighbour", "one busy core at nice 0", 0, 1),
+    _neighbour("neighbour-all-nice-19", "all cores busy at nice 19", 19, 0),
+    _neighbour("neighbour-all", "all cores busy at nice 0", 0, 0),
+    _two(
+        "two-models",
+        "two models decoding at once in one process",
+        (OURS, "llama-cpp-python", "xllamacpp"),
+        0.9,
+    ),
+    _two("two-processes", "two processes decoding at once", _TALKING, 0.8),
     Case(
         "idle",
         "CPU of a loaded model that nobody asks, tiny",
+        "neighbours",
         "tiny",
         "idle",
         dict(seconds=5),
         _TALKING,
-        (Metric("percent", "of one CPU", "%", has_factor=False),),
+        (Metric("percent", "of one CPU", "%", has_factor=False, targets=(Target(0.5),)),),
+        takes_s=7,
         short=dict(seconds=1),
     ),
+    _kv_layout(1, shared=False, takes_s=5),
+    _kv_layout(8, shared=False, takes_s=15),
+    _kv_layout(32, shared=False, takes_s=50),
+    _kv_layout(8, shared=True, takes_s=15),
+    _kv_layout(32, shared=True, takes_s=30),
+    _sampling("sampling-0.5b", HALF, 48, Target(3)),
+    _sampling("sampling-tiny", "tiny", 200),
 )
+
+GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

@@ -13,14 +13,15 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 SAMPLING = dict(temperature=0.7, top_k=40, top_p=0.9, min_p=0.0, repeat_penalty=1.1, seed=1)
+GREEDY = dict(temperature=0.0, repeat_penalty=1.0, seed=1)
+EVERYTHING = dict(SAMPLING, min_p=0.05, presence_penalty=0.1, frequency_penalty=0.1)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Ask:
     prompt: str
     tokens: int
     after_s: float = 0.0
+    sampling: Mapping[str, Any] = field(default_factory=lambda: SAMPLING)
 
 
 @dataclass
@@ -70,8 +72,8 @@ class Answer:
         return (self.tokens - 1) / (self.pieces_cpu[-1] - self.pieces_cpu[0])
 
     @property
-    def longest_gap_s(self) -> float:
-        return max(b - a for a, b in zip(self.pieces, self.pieces[1:], strict=False))
+    def gaps_s(self) -> list[float]:
+        return [b - a for a, b in zip(self.pieces, self.pieces[1:], strict=False)]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Setting:
     tools: str = ""
     """The folder of llama.cpp's programs."""
     options: dict[str, Any] = field(default_factory=dict)
-    """More keywords for `Model.load`, to compare settings of our own."""
+    """More keywords for `Model.load`, to compare settings of our own; llama.cpp's own tools
+    take the two that choose the attention."""
 
 
 class Ours:
@@ -95,6 +98,7 @@ class Ours:
     def __init__(self, setting: Setting) -> None:
         from tabagent_model import Model
 
+        self.setting = setting
         self.model = Model.load(setting.model, **_our_fields(setting))
 
     def one(self, ask: Ask) -> Answer:
@@ -105,6 +109,11 @@ class Ours:
         answer.tokens = pieces.usage.completion_tokens
         answer.prompt_tokens = pieces.usage.prompt_tokens
         return answer
+
+    def attention(self, **_: Any) -> dict[str, str]:
+        """How this model computes attention, in the words of llama.cpp's tools."""
+        found = {**vars(self.model.config), **self.model.info()}
+        return {"flash_attn": found["flash_attn"], "kv_type": found["kv_type"]}
 
     def cpu_seconds(self) -> float:
         return time.process_time()
@@ -150,8 +159,9 @@ class LlamaCppPython:
     """`Llama`: one request at a time."""
 
     def __init__(self, setting: Setting) -> None:
-        from llama_cpp import Llama  # type: ignore[import-not-found]
+        from llama_cpp import Llama, llama_vocab_is_eog
 
+        self.setting = setting
         self.model = Llama(
             setting.model,
             n_ctx=setting.n_ctx,
@@ -159,11 +169,18 @@ class LlamaCppPython:
             n_threads_batch=setting.threads,
             verbose=False,
         )
+        vocabulary = self.model._model.vocab
+        ends = (i for i in range(self.model.n_vocab()) if llama_vocab_is_eog(vocabulary, i))
+        self.never_end = dict.fromkeys(ends, -1e9)
 
     def one(self, ask: Ask) -> Answer:
         answer = Answer()
         pieces = self.model.create_completion(
-            ask.prompt, max_tokens=ask.tokens, stream=True, **SAMPLING
+            ask.prompt,
+            max_tokens=ask.tokens,
+            stream=True,
+            logit_bias=self.never_end,
+            **ask.sampling,
         )
         for piece in pieces:
             if piece["choices"][0]["text"]:
@@ -182,8 +199,9 @@ class Xllamacpp:
     """llama-server inside the process; a callback for each stream, a thread for each request."""
 
     def __init__(self, setting: Setting) -> None:
-        import xllamacpp  # type: ignore[import-untyped]
+        import xllamacpp
 
+        self.setting = setting
         params = xllamacpp.CommonParams()
         params.model.path = setting.model
         params.n_ctx = setting.n_ctx * setting.streams
@@ -203,11 +221,11 @@ class Xllamacpp:
                 answer.tokens = usage["completion_tokens"]
 
         asked = {"prompt": ask.prompt, "max_tokens": ask.tokens, "stream": True, "ignore_eos": True}
-        self.server.handle_completions({**asked, **SAMPLING}, take)
+        self.server.handle_completions({**asked, **ask.sampling}, take)
         return answer
 
     def together(self, asks: list[Ask]) -> list[Answer]:
-        return _in_threads(self.one, asks)
+        return in_threads([(self, ask) for ask in asks])
 
     def cpu_seconds(self) -> float:
         return time.process_time()
@@ -220,6 +238,7 @@ class LlamaServer:
     """llama-server as a process, read over HTTP by one event loop with as little code as can be."""
 
     def __init__(self, setting: Setting) -> None:
+        self.setting = setting
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -242,7 +261,7 @@ class LlamaServer:
         await asyncio.sleep(ask.after_s)
         answer = Answer(self.cpu_seconds)
         asked = {"prompt": ask.prompt, "n_predict": ask.tokens, "stream": True, "ignore_eos": True}
-        async for chunk in self._post("/completion", {**asked, **SAMPLING}):
+        async for chunk in self._post("/completion", {**asked, **ask.sampling}):
             if chunk["content"]:
                 answer.saw()
             if chunk["stop"]:
@@ -305,9 +324,8 @@ class LlamaBench:
     def _run(self, arguments: list[str]) -> float:
         setting = self.setting
         command = [str(Path(setting.tools) / "llama-bench"), "-m", setting.model, "-r", "1"]
-        command += ["-t", str(setting.threads), "-o", "json", *arguments]
-        done = subprocess.run(command, capture_output=True, check=True, text=True)
-        return float(json.loads(done.stdout)[0]["avg_ts"])
+        command += ["-t", str(setting.threads), "-o", "json", *_attention(setting), *arguments]
+        return float(json.loads(_output(command))[0]["avg_ts"])
 
 
 class BatchedBench:
@@ -317,14 +335,7 @@ class BatchedBench:
         self.setting = setting
 
     def crowd(self, streams: int, prompt: int, tokens: int, **_: Any) -> dict[str, float]:
-        setting = self.setting
-        command = [str(Path(setting.tools) / "llama-batched-bench"), "-m", setting.model]
-        command += ["-c", str(setting.n_ctx * streams), "-t", str(setting.threads)]
-        command += ["-npp", str(prompt), "-ntg", str(tokens), "-npl", str(streams)]
-        command += ["--output-format", "jsonl"]
-        done = subprocess.run(command, capture_output=True, check=True, text=True)
-        lines = (done.stdout + done.stderr).splitlines()
-        found = json.loads(next(line for line in lines if line.startswith("{")))
+        found = self._run(streams, prompt, tokens)
         seconds = found["t_pp"] + found["t_tg"]
         return {
             "seconds": seconds,
@@ -333,8 +344,32 @@ class BatchedBench:
             "decode_rate": found["speed_tg"],
         }
 
+    def kv_layout(
+        self, streams: int, prompt: int, tokens: int, shared: bool, **_: Any
+    ) -> dict[str, float]:
+        """One cache for all sequences against a stream of its own for each."""
+        figures = {}
+        for layout, flag in (("streams", "--no-kv-unified"), ("unified", "--kv-unified")):
+            found = self._run(streams, prompt, tokens, flag, *(["-pps"] if shared else []))
+            figures[f"{layout}_s"] = found["t_pp"] + found["t_tg"]
+            figures[f"{layout}_prefill_rate"] = found["speed_pp"]
+            figures[f"{layout}_decode_rate"] = found["speed_tg"]
+        return {**figures, "factor": figures["unified_s"] / figures["streams_s"]}
+
     def close(self) -> None:
         pass
+
+    def _run(self, streams: int, prompt: int, tokens: int, *more: str) -> dict[str, float]:
+        setting = self.setting
+        command = [str(Path(setting.tools) / "llama-batched-bench"), "-m", setting.model]
+        command += ["-c", str(setting.n_ctx * streams), "-t", str(setting.threads)]
+        # It may end before its log is written, so another short run follows the one that counts.
+        command += ["-npp", str(prompt), "-ntg", str(tokens), "-npl", f"{streams},1"]
+        command += ["--output-format", "jsonl", *_attention(setting), *more]
+        for line in _output(command).splitlines():
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise RuntimeError(f"llama-batched-bench wrote no figures for {streams} streams")
 
 
 ENGINES: dict[str, Callable[[Setting], Any]] = {
@@ -348,19 +383,20 @@ ENGINES: dict[str, Callable[[Setting], Any]] = {
 }
 
 
-@contextmanager
-def polite_neighbour(is_there: bool) -> Iterator[None]:
-    """Somebody who computes at nice 19 as long as the block lasts."""
-    if not is_there:
-        yield
-        return
-    command = ["nice", "-n", "19", "python3", "-c", "while True: pass"]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
+def in_threads(pairs: Sequence[tuple[Any, Ask]]) -> list[Answer]:
+    """Engines that are asked at the same time, each in a thread of its own."""
+    answers: dict[int, Answer] = {}
+
+    def run(index: int, engine: Any, ask: Ask) -> None:
+        time.sleep(ask.after_s)
+        answers[index] = engine.one(ask)
+
+    threads = [threading.Thread(target=run, args=(i, *pair)) for i, pair in enumerate(pairs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [answers[index] for index in range(len(pairs))]
 
 
 def _our_fields(setting: Setting) -> dict[str, Any]:
@@ -373,23 +409,27 @@ def _our_fields(setting: Setting) -> dict[str, Any]:
 
 
 def _our_sampling(ask: Ask) -> dict[str, Any]:
-    return {"max_tokens": ask.tokens, "ignore_eos": True, **SAMPLING}
+    return {"max_tokens": ask.tokens, "ignore_eos": True, **ask.sampling}
 
 
 async def _gather(coroutines: Iterator[Coroutine[Any, Any, Answer]]) -> list[Answer]:
     return list(await asyncio.gather(*coroutines))
 
 
-def _in_threads(ask_one: Callable[[Ask], Answer], asks: list[Ask]) -> list[Answer]:
-    answers: dict[int, Answer] = {}
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise RuntimeError(f"{Path(command[0]).name}: {last}")
+    return done.stdout
 
-    def run(index: int, ask: Ask) -> None:
-        time.sleep(ask.after_s)
-        answers[index] = ask_one(ask)
 
-    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(asks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [answers[index] for index in range(len(asks))]
+def _attention(setting: Setting) -> list[str]:
+    """The flags of llama.cpp's tools for what we call `flash_attn` and `kv_type`."""
+    flags = {"flash_attn": ["-fa"], "kv_type": ["-ctk", "-ctv"]}
+    return [
+        word
+        for name, value in setting.options.items()
+        for flag in flags.get(name, [])
+        for word in (flag, str(value))
+    ]

@@ -6,19 +6,23 @@ An engine with a method of a job's name does that job itself (llama.cpp's own to
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
 from statistics import median, quantiles
 from typing import Any
 
-from .engines import Answer, Ask, OursAsync
+from .engines import EVERYTHING, GREEDY, Answer, Ask, OursAsync, Setting, in_threads
+from .machine import neighbours
 from .models import words
 
 Figures = dict[str, float]
 
 # Prompts of different purposes begin differently, so that none finds another one in a cache.
-_WARM_UP, _LONG, _CHAT = 1_000_003, 2_000_003, 3_000_017
+_WARM_UP, _LONG, _CHAT, _ALONE = 1_000_003, 2_000_003, 3_000_017, 4_000_037
 
 
 def decode(engine: Any, depth: int, tokens: int, seed: int) -> Figures:
@@ -27,7 +31,7 @@ def decode(engine: Any, depth: int, tokens: int, seed: int) -> Figures:
     answer = engine.one(Ask(words(max(depth, 4), seed), tokens))
     return {
         "rate": answer.rate,
-        "longest_gap_ms": answer.longest_gap_s * 1e3,
+        "longest_gap_ms": max(answer.gaps_s) * 1e3,
         "cpu_rate": answer.cpu_rate,
     }
 
@@ -58,21 +62,100 @@ def follow_up(engine: Any, shared: int, own: int, seed: int) -> Figures:
     beginning = words(shared, seed)
     first = engine.one(Ask(beginning + words(own, seed + _CHAT), 8))
     second = engine.one(Ask(beginning + words(own, seed + _LONG), 8))
-    return {"first_ms": second.first_s * 1e3, "cold_ms": first.first_s * 1e3}
-
-
-def beside_prefill(engine: Any, prompt: int, chat: int, seed: int) -> Figures:
-    """A short chat that begins while somebody's long prompt is being read."""
-    _warm_up(engine)
-    long = Ask(words(prompt, seed + _LONG), 2)
-    short = Ask(words(16, seed + _CHAT), chat, after_s=0.2)
-    long_answer, short_answer = engine.together([long, short])
     return {
+        "first_ms": second.first_s * 1e3,
+        "cold_ms": first.first_s * 1e3,
+        "factor": first.first_s / second.first_s,
+    }
+
+
+def beside_prefill(engine: Any, prompt: int, chat: int, chat_is_first: bool, seed: int) -> Figures:
+    """A short chat next to somebody's long prompt: either joins the other one at its work."""
+    _warm_up(engine)
+    alone = engine.one(Ask(words(16, seed + _ALONE), chat))
+    gap_s = 1 / alone.rate
+    if chat_is_first:  # it has said a few words when the prompt comes
+        chat_after_s, prompt_after_s = 0.0, alone.first_s + 3 * gap_s
+    else:
+        chat_after_s, prompt_after_s = 0.2, 0.0
+    long = Ask(words(prompt, seed + _LONG), 2, prompt_after_s)
+    short = Ask(words(16, seed + _CHAT), chat, chat_after_s)
+    long_answer, short_answer = engine.together([long, short])
+    chat_was_first = short_answer.pieces[0] < long_answer.asked < short_answer.pieces[-1]
+    prompt_was_first = long_answer.asked < short_answer.asked < long_answer.pieces[0]
+    if not (chat_was_first if chat_is_first else prompt_was_first):
+        raise RuntimeError("the chat and the long prompt did not meet as they should")
+    gaps_s = short_answer.gaps_s
+    in_time = sum(piece < long_answer.pieces[0] for piece in short_answer.pieces)
+    return {
+        "p99_factor": percentile_99(gaps_s) / gap_s,
+        "longest_factor": max(gaps_s) / gap_s,
+        "in_time_percent": in_time / len(short_answer.pieces) * 100,
+        "undisturbed_gap_ms": gap_s * 1e3,
         "chat_ms": short_answer.total_s * 1e3,
         "chat_first_ms": short_answer.first_s * 1e3,
-        "gap_ms": short_answer.longest_gap_s * 1e3,
         "prompt_ms": long_answer.first_s * 1e3,
     }
+
+
+def beside_neighbours(engine: Any, tokens: int, nice: int, cores: int, seed: int) -> Figures:
+    """Decoding alone, then next to processes that compute without a pause."""
+    run = getattr(engine, "decode", None) or partial(decode, engine)
+    alone = run(depth=4, tokens=tokens, seed=seed)
+    with neighbours(nice, cores) as found:
+        beside = run(depth=4, tokens=tokens, seed=seed + _CHAT)
+    return {
+        "kept": beside["rate"] / alone["rate"],
+        "rate": beside["rate"],
+        "alone_rate": alone["rate"],
+        "neighbour_cpus": found.cpus,
+    }
+
+
+def two_models(engine: Any, tokens: int, seed: int) -> Figures:
+    """A second model in this process: what both reach together."""
+    _warm_up(engine)
+    alone = engine.one(Ask(words(4, seed), tokens))
+    second = type(engine)(engine.setting)
+    try:
+        _warm_up(second)
+        asks = [Ask(words(4, seed + _CHAT), tokens), Ask(words(4, seed + _LONG), tokens)]
+        answers = in_threads(list(zip([engine, second], asks, strict=True)))
+    finally:
+        second.close()
+    return _both(alone, *((answer.tokens, answer.pieces) for answer in answers))
+
+
+def two_processes(engine: Any, tokens: int, seed: int) -> Figures:
+    """A second process with the same model: what both reach together."""
+    _warm_up(engine)
+    alone = engine.one(Ask(words(4, seed), tokens))
+    spawning = multiprocessing.get_context("spawn")
+    here, there = spawning.Pipe()
+    ask = Ask(words(4, seed + _LONG), tokens)
+    second = spawning.Process(target=_second, args=(there, type(engine), engine.setting, ask))
+    second.start()
+    there.close()
+    try:
+        here.recv()
+        here.send("now")
+        answer = engine.one(Ask(words(4, seed + _CHAT), tokens))
+        return _both(alone, (answer.tokens, answer.pieces), here.recv())
+    finally:
+        second.join()
+
+
+def sampling(engine: Any, tokens: int, pairs: int, seed: int) -> Figures:
+    """What choosing a token takes, when everything that shapes the choice is on."""
+    _warm_up(engine)
+    rates: dict[str, list[float]] = {"greedy": [], "full": []}
+    for pair in range(pairs):
+        turns = [("greedy", GREEDY), ("full", EVERYTHING)]
+        for name, options in turns if pair % 2 else reversed(turns):
+            answer = engine.one(Ask(words(8, seed * 1000 + pair), tokens, sampling=options))
+            rates[name].append(answer.rate)
+    greedy, full = median(rates["greedy"]), median(rates["full"])
+    return {"greedy_rate": greedy, "full_rate": full, "cost_percent": (1 - full / greedy) * 100}
 
 
 def idle(engine: Any, seconds: float, seed: int) -> Figures:
@@ -103,9 +186,9 @@ def event_loop(engine: OursAsync, streams: int, prompt: int, tokens: int, seed: 
     python, process = _python_seconds() - python, time.process_time() - process
     return {
         **_crowd_figures(answers),
-        "lag_p99_ms": quantiles(delays, n=100)[98] * 1e3,
+        "lag_p99_ms": percentile_99(delays) * 1e3,
         "lag_median_ms": median(delays) * 1e3,
-        "python_percent": python / process * 100,
+        "python_percent": python / seconds * 100,
         "python_us_per_token": python / sum(a.tokens for a in answers) * 1e6,
         "cpus_busy": process / seconds,
     }
@@ -113,12 +196,54 @@ def event_loop(engine: OursAsync, streams: int, prompt: int, tokens: int, seed: 
 
 JOBS: dict[str, Callable[..., Figures]] = {
     job.__name__: job
-    for job in (decode, prefill, crowd, follow_up, beside_prefill, idle, event_loop)
+    for job in (
+        decode,
+        prefill,
+        crowd,
+        follow_up,
+        beside_prefill,
+        beside_neighbours,
+        two_models,
+        two_processes,
+        sampling,
+        idle,
+        event_loop,
+    )
 }
+
+
+def percentile_99(values: Sequence[float]) -> float:
+    return quantiles(values, n=100, method="inclusive")[98]
 
 
 def _warm_up(engine: Any) -> None:
     engine.one(Ask(words(24, _WARM_UP), 8))
+
+
+def _second(pipe: Connection, kind: type[Any], setting: Setting, ask: Ask) -> None:
+    """The other process: it opens its engine, waits for the word, and answers."""
+    engine = kind(setting)
+    try:
+        _warm_up(engine)
+        pipe.send("ready")
+        pipe.recv()
+        answer = engine.one(ask)
+        pipe.send((answer.tokens, answer.pieces))
+    finally:
+        engine.close()
+
+
+def _both(alone: Answer, *answers: tuple[int, list[float]]) -> Figures:
+    """Two that ran at the same time against one alone; the clock is the machine's."""
+    seconds = max(pieces[-1] for _, pieces in answers) - min(pieces[0] for _, pieces in answers)
+    rate = sum(tokens - 1 for tokens, _ in answers) / seconds
+    speeds = [(tokens - 1) / (pieces[-1] - pieces[0]) for tokens, pieces in answers]
+    return {
+        "kept": rate / alone.rate,
+        "rate": rate,
+        "alone_rate": alone.rate,
+        "slower_to_faster": min(speeds) / max(speeds),
+    }
 
 
 def _crowd_figures(answers: list[Answer]) -> Figures:
@@ -131,7 +256,7 @@ def _crowd_figures(answers: list[Answer]) -> Figures:
         "cpu_rate": sum(a.tokens for a in answers) / cpu_s,
         "first_ms": median(firsts),
         "last_first_ms": max(firsts),
-        "gap_ms": max(a.longest_gap_s for a in answers) * 1e3,
+        "gap_ms": max(max(a.gaps_s) for a in answers) * 1e3,
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +26,6 @@ def facts() -> dict[str, Any]:
     memory = _lines("/proc/meminfo").get("MemTotal", "0").split()[0]
     is_virtual = "hypervisor" in cpu.get("flags", "")
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "processor": cpu.get("model name", platform.processor()),
         "cpus": len(os.sched_getaffinity(0)),
         "virtual machine": is_virtual,
@@ -76,6 +77,51 @@ def disturbance() -> Iterator[Disturbance]:
     yield found
     others = (_busy_seconds() - busy) - (_our_seconds() - ours)
     found.cpus = max(0.0, others / (time.perf_counter() - began))
+
+
+@dataclass
+class Neighbours:
+    process_ids: list[int]
+    cpus: float = 0.0
+    """What they got, all together."""
+
+
+@contextmanager
+def neighbours(nice: int, cores: int) -> Iterator[Neighbours]:
+    """Processes that compute without a pause, each held to a core of its own; 0 means all cores.
+
+    Held there, a polite one cannot make way by moving. Whoever is measured may go where it likes.
+    """
+    held = sorted(os.sched_getaffinity(0))[: cores or None]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _NEIGHBOUR, str(core), str(nice)], stdout=subprocess.PIPE
+        )
+        for core in held
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        found = Neighbours([process.pid for process in processes])
+        before, began = _cpu_by_process(), time.perf_counter()
+        yield found
+        after, seconds = _cpu_by_process(), time.perf_counter() - began
+        found.cpus = sum(after[i][0] - before[i][0] for i in found.process_ids) / seconds
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+_NEIGHBOUR = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv[1])})
+os.nice(int(sys.argv[2]))
+print(flush=True)
+while True:
+    pass
+"""
 
 
 def _busy_seconds() -> float:

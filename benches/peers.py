@@ -18,6 +18,8 @@ from pathlib import Path
 
 NAMES = ("llama-bench", "llama-batched-bench", "llama-server", "llama-cpp-python", "xllamacpp")
 
+ATTENTIVE = ("llama-bench", "llama-batched-bench")
+"""Those who can be told how to compute attention."""
 _TOOLS = ("llama-bench", "llama-batched-bench", "llama-server")
 _SETTINGS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -62,9 +64,12 @@ class Peers:
         found = {}
         source = _source(self.folder)
         if source and set(names) - {"xllamacpp"}:
-            found["llama-cpp-python and its llama.cpp"] = source.name.removeprefix(
-                "llama_cpp_python-"
+            found["llama-cpp-python"] = source.name.removeprefix("llama_cpp_python-")
+            done = subprocess.run(
+                [self.tools / "llama-bench", "--version"], capture_output=True, text=True
             )
+            words = (done.stdout + done.stderr).split()
+            found["with llama.cpp"] = words[words.index("version:") + 1]
         if "xllamacpp" in names:
             program = "from importlib.metadata import version; print(version('xllamacpp'))"
             done = subprocess.run([self.python, "-c", program], capture_output=True, text=True)

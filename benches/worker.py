@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from .engines import ENGINES, Setting, polite_neighbour
+from .engines import ENGINES, Setting
 from .jobs import JOBS
 
 MARK = "FIGURES "
@@ -16,15 +16,14 @@ MARK = "FIGURES "
 def main() -> None:
     order: dict[str, Any] = json.loads(sys.argv[1])
     job, parameters = order["job"], order["parameters"]
-    with polite_neighbour(order["neighbour"]):
-        began = time.perf_counter()
-        engine = ENGINES[order["engine"]](Setting(**order["setting"]))
-        load_ms = (time.perf_counter() - began) * 1e3
-        try:
-            own = getattr(engine, job, None)
-            figures = own(**parameters) if own else JOBS[job](engine, **parameters)
-        finally:
-            engine.close()
+    began = time.perf_counter()
+    engine = ENGINES[order["engine"]](Setting(**order["setting"]))
+    load_ms = (time.perf_counter() - began) * 1e3
+    try:
+        own = getattr(engine, job, None)
+        figures = own(**parameters) if own else JOBS[job](engine, **parameters)
+    finally:
+        engine.close()
     print(MARK + json.dumps({**figures, "load_ms": load_ms}), flush=True)
 
 

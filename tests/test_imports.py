@@ -13,6 +13,8 @@ MAY_IMPORT = {
     "errors": set(),
     "results": set(),
     "params": {"errors"},
+    "metrics": set(),
+    "pin": {"_courier"},
     "_cache": set(),
     "_native": {"_cache", "_core", "errors"},
     "_attention": {"_cache", "_native", "errors"},
@@ -24,7 +26,7 @@ MAY_IMPORT = {
     "_loading": {"_core", "_courier", "_log", "_native", "errors", "params", "stream"},
     "model": {
         *("_core", "_courier", "_crowd", "_loading", "_log", "_prompt"),
-        *("errors", "params", "results", "stream"),
+        *("errors", "metrics", "params", "pin", "results", "stream"),
     },
     "testing": {"errors", "params"},
 }

@@ -30,6 +30,7 @@ from .errors import (
     ModelNotLoadedError,
     OutOfMemoryError,
     QueueFullError,
+    QueueTimeoutError,
     SamplingError,
     TabAgentModelError,
     TokenizationError,
@@ -38,6 +39,7 @@ from .errors import (
 )
 from .model import AsyncModel, Model, inspect
 from .params import GenerationConfig, ModelConfig
+from .pin import Pin
 from .results import Completion, InferenceMetrics, ModelDescription, Usage
 from .stream import AsyncTextStream, TextStream
 
@@ -74,9 +76,11 @@ __all__ = [
     "ModelNotFoundError",
     "ModelNotLoadedError",
     "OutOfMemoryError",
+    "Pin",
     "PyContext",
     "PyModel",
     "QueueFullError",
+    "QueueTimeoutError",
     "SamplingError",
     "TabAgentModelError",
     "TextStream",

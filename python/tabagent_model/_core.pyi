@@ -106,6 +106,7 @@ class PyModel:
         *,
         n_seq_max: int = 0,
         queue_size: int = 1024,
+        prompt_cache_mb: int = ...,
         flash_attn: Literal["auto", "on", "off"] = "auto",
         kv_type: Literal["auto", "f16", "bf16", "f32", "q8_0"] = "auto",
         offload_kqv: bool = True,
@@ -113,7 +114,7 @@ class PyModel:
     ) -> PyContext:
         """A llama.cpp context with an owner thread of its own.
 
-        Each of its `n_seq_max` sequences (0: as many as the memory suggests, at most 4) has room
+        Each of its `n_seq_max` sequences (0: as many as the memory suggests, at most 8) has room
         for `n_ctx` tokens, at most what the model was trained with. `n_threads=0` means the
         physical cores this process may use, at most 8. `auto` for `flash_attn` or `kv_type` means
         what was measured to be the fastest on this CPU, and on a GPU what llama.cpp chooses.
@@ -186,8 +187,17 @@ class PyContext:
         """Submit one request and wait for its text. `callback` gets the pieces; False stops."""
     def _inject_panic(self) -> None:
         """For tests: the next step that computes something panics."""
-    def metrics(self) -> dict[str, int]:
-        """running, waiting, requests, prompt_tokens, cached_tokens, generated_tokens, steps."""
+    def metrics(self) -> dict[str, Any]:
+        """Counters, and for each `…_s` a distribution with `count`, `sum` and `buckets`."""
+    def slots(self) -> list[dict[str, int | None]]:
+        """Of each slot: request_id, held_tokens, prompt_tokens, cached_tokens, generated_tokens."""
+    def unpin(self, request_id: int) -> None:
+        """What a request with `pin` has put into the prompt cache may go from now on."""
+    def export_state(self, tokens: Sequence[int]) -> bytes | None:
+        """What is computed of the longest beginning of `tokens` that a slot holds."""
+    def import_state(self, data: bytes, tokens: Sequence[int]) -> int:
+        """Put an exported state into the prompt cache; how many of `tokens` it holds, 0 if there
+        is no room for it. A state of another model or of other settings is refused."""
 
 @final
 class Event:
@@ -213,8 +223,9 @@ class Event:
         """An exception of tabagent_model.errors, when `finish_reason` is `error`."""
     @property
     def stats(self) -> dict[str, float] | None:
-        """With the last event: prompt_tokens, cached_tokens, generated_tokens, seed, n_ctx, and in
-        milliseconds from submit: queue_ms, prompt_ms, first_token_ms, decode_ms, total_ms."""
+        """With the last event: prompt_tokens, cached_tokens, dropped_tokens, generated_tokens,
+        seed, n_ctx, and in milliseconds from submit: queue_ms, prompt_ms, first_token_ms,
+        decode_ms, total_ms; between one token and the next gap_p50_ms and gap_p99_ms."""
 
 def inspect_gguf(path: str) -> dict[str, Any]:
     """Check a model file without loading it, and describe it."""

@@ -118,6 +118,7 @@ class _Loading(threading.Thread):
             config.n_threads,
             n_seq_max=config.max_parallel,
             queue_size=config.queue_size,
+            prompt_cache_mb=config.prompt_cache_mb,
             flash_attn=config.flash_attn,
             kv_type=config.kv_type,
             warmup=config.warmup,

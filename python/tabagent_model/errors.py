@@ -18,6 +18,7 @@ TabAgentModelError (RuntimeError)
 ├── GenerationTimeoutError (TimeoutError)
 ├── GenerationCancelled             somebody else cancelled the request one waits for
 ├── QueueFullError
+│   └── QueueTimeoutError (TimeoutError)   no place within `max_queue_wait_s`
 ├── ModelNotLoadedError
 ├── ForkedProcessError
 ├── HardwareError                   the processor cannot be identified
@@ -132,6 +133,10 @@ class GenerationCancelled(TabAgentModelError):  # noqa: N818 - the name users of
 
 class QueueFullError(TabAgentModelError):
     """As many requests as allowed are waiting already."""
+
+
+class QueueTimeoutError(QueueFullError, TimeoutError):
+    """The request found no place within its `max_queue_wait_s`."""
 
 
 class ModelNotLoadedError(TabAgentModelError):

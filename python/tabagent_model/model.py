@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,9 @@ from ._crowd import Crowd
 from ._loading import OnProgress, open_model, open_model_async
 from ._prompt import Prompt, Prompts, checked, is_many, sound_text, token_ids
 from .errors import InvalidRequestError, ModelNotLoadedError
+from .metrics import prometheus
 from .params import GenerationConfig, GenerationFields, ModelConfig, ModelFields
+from .pin import Pin
 from .results import Completion, ModelDescription, Source
 from .stream import LONG_TEXT, AsyncTextStream, TextStream, settle
 
@@ -97,9 +100,24 @@ class _Base:
             }
         return facts
 
-    def metrics(self) -> dict[str, int]:
-        """The engine's counters: running, waiting, requests, tokens, steps."""
-        return self._open_context.metrics()
+    def metrics(self) -> dict[str, Any]:
+        """The engine's counters since it was made, and how long things took.
+
+        A `…_s` is a distribution: `count`, `sum`, and `buckets` from a number of seconds to how
+        many took at most that long.
+        """
+        context = self._open_context
+        counted = context.metrics()
+        usage = counted.get("held_tokens", 0) / (context.n_ctx * context.n_seq_max)
+        return {**counted, "kv_cache_usage": usage}
+
+    def prometheus(self) -> str:
+        """The metrics in Prometheus' text format, under the names of llama.cpp and vLLM."""
+        return prometheus(self.metrics(), self._source.model)
+
+    def slots(self) -> list[dict[str, int | None]]:
+        """The places for requests that run together: who is there, and with how many tokens."""
+        return self._open_context.slots()
 
     def __reduce__(self) -> NoReturn:
         name = type(self).__name__
@@ -171,6 +189,10 @@ class _Base:
         chosen = vars(config.with_fields(**given))
         params = {name: value for name, value in chosen.items() if value is not None}
         return [Request(next(_request_ids), checked(prompt), params) for prompt in prompts]
+
+    def _pinning(self, prompt: Prompt, given: GenerationFields) -> Request:
+        request = self._request(prompt, None, given)
+        return replace(request, params={**request.params, "pin": True})
 
     def _crowd(
         self,
@@ -267,6 +289,12 @@ class Model(_Base):
         """The answer piece by piece. Use it in a `with`: leaving early cancels."""
         request = self._request(prompt, config, fields)
         return TextStream(self._open_courier, request, self._source, self).submit()
+
+    def pin(self, prompt: Prompt, **fields: Unpack[GenerationFields]) -> Pin:
+        """Compute a beginning that many prompts share, and keep it in the prompt cache."""
+        context, request = self._open_context, self._pinning(prompt, fields)
+        answer = TextStream(self._open_courier, request, self._source, self).collect()
+        return Pin(context, request.id, answer.usage.prompt_tokens)
 
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         return self._tokenizer.tokenize(sound_text(text), add_bos, special)
@@ -376,6 +404,12 @@ class AsyncModel(_Base):
         """The answer piece by piece; nothing to await here. Use it in an `async with`."""
         request = self._request(prompt, config, fields)
         return AsyncTextStream(self._open_courier, request, self._source, self)
+
+    async def pin(self, prompt: Prompt, **fields: Unpack[GenerationFields]) -> Pin:
+        """As `Model.pin`."""
+        context, request = self._open_context, self._pinning(prompt, fields)
+        answer = await AsyncTextStream(self._open_courier, request, self._source, self).collect()
+        return Pin(context, request.id, answer.usage.prompt_tokens)
 
     async def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         tokenize, text = self._tokenizer.tokenize, sound_text(text)

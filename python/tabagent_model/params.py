@@ -26,6 +26,7 @@ SplitMode = Literal["none", "layer", "row"]
 FlashAttention = Literal["auto", "on", "off"]
 KvType = Literal["auto", "f16", "bf16", "f32", "q8_0"]
 Priority = Literal["high", "normal", "low"]
+Overflow = Literal["error", "shift"]
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-chat.gguf"
 
@@ -101,9 +102,12 @@ class ModelConfig(_Config):
     n_threads: int = 0
     """0: the physical cores this process may use, at most 8."""
     max_parallel: int = 0
-    """Requests that run together; 0: as many as the memory suggests, at most 4."""
+    """Requests that run together; 0: as many as the memory suggests, at most 8."""
     queue_size: int = 1024
     """Requests that may wait for their turn."""
+    prompt_cache_mb: int = -1
+    """Main memory for beginnings that lost their place to others; -1: as much as the places take,
+    at most a sixteenth of the free memory; 0: none."""
     gpu_layers: int | Literal["auto", "all"] = "auto"
     """How many layers go to a GPU; -1 and "all": all of them; "auto": all, if there is a GPU."""
     main_gpu: int = 0
@@ -128,6 +132,7 @@ class ModelConfig(_Config):
         _whole(self, "n_threads", 0, 512)
         _whole(self, "max_parallel", 0, 256)
         _whole(self, "queue_size", 1, 1_000_000)
+        _whole(self, "prompt_cache_mb", -1, 2**24)
         if self.gpu_layers not in ("auto", "all"):
             _whole(self, "gpu_layers", -1, 2**31 - 1, also='"auto" or "all", or ')
         _whole(self, "main_gpu", 0, 255)
@@ -210,7 +215,19 @@ class GenerationConfig(_Config):
     min_tokens: int = 0
     """Before so many tokens the model cannot end the answer."""
     timeout_s: float | None = None
+    """Seconds from the call to the end of the answer."""
+    deadline: float | None = None
+    """The same as a moment: seconds since 1970, like `time.time()`."""
+    max_queue_wait_s: float | None = None
+    """Seconds until the answer must have begun."""
     priority: Priority = "normal"
+    """Who waits goes in this order. `low` also gives its place to whoever is more urgent, and goes
+    on later where it was."""
+    overflow: Overflow = "error"
+    """When the context is full: `error` refuses a prompt that does not fit, and ends an answer
+    there; `shift` drops the older half of what follows the first `n_keep` tokens and goes on."""
+    n_keep: int = -1
+    """-1 is the prompt, at most half of the context."""
     add_bos: bool = True
     special: bool = False
     """Read control tokens that are written in a text prompt as control tokens."""
@@ -231,7 +248,13 @@ class GenerationConfig(_Config):
         _whole(self, "min_tokens", 0, 2**31 - 1)
         if self.timeout_s is not None:
             _number(self, "timeout_s", 0, 1e9, without_low=True)
+        if self.deadline is not None:
+            _number(self, "deadline", 0, 1e12)
+        if self.max_queue_wait_s is not None:
+            _number(self, "max_queue_wait_s", 0, 1e9, without_low=True)
         _choice(self, "priority", ("high", "normal", "low"))
+        _choice(self, "overflow", ("error", "shift"))
+        _whole(self, "n_keep", -1, 2**24)
         _switch(self, "add_bos")
         _switch(self, "special")
         return self
@@ -264,6 +287,13 @@ class GenerationConfig(_Config):
     def with_timeout(self, timeout_s: float | None) -> Self:
         return self.with_fields(timeout_s=timeout_s)
 
+    def with_deadline(self, deadline: float | None) -> Self:
+        return self.with_fields(deadline=deadline)
+
+    def with_overflow(self, overflow: Overflow, n_keep: int | None = None) -> Self:
+        n_keep = self.n_keep if n_keep is None else n_keep
+        return self.with_fields(overflow=overflow, n_keep=n_keep)
+
     def with_priority(self, priority: Priority) -> Self:
         return self.with_fields(priority=priority)
 
@@ -281,6 +311,7 @@ class ModelFields(TypedDict, total=False):
     n_threads: int | None
     max_parallel: int | None
     queue_size: int | None
+    prompt_cache_mb: int | None
     gpu_layers: int | Literal["auto", "all"] | None
     n_gpu_layers: int | Literal["auto", "all"] | None
     main_gpu: int | None
@@ -311,7 +342,11 @@ class GenerationFields(TypedDict, total=False):
     ignore_eos: bool | None
     min_tokens: int | None
     timeout_s: float | None
+    deadline: float | None
+    max_queue_wait_s: float | None
     priority: Priority | None
+    overflow: Overflow | None
+    n_keep: int | None
     add_bos: bool | None
     special: bool | None
 

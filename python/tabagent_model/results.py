@@ -11,12 +11,19 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Usage:
-    """Counted tokens. `cached_tokens` of the prompt were known from an earlier request."""
+    """Counted tokens.
+
+    `cached_tokens` of the prompt were known from an earlier request; `dropped_tokens` of the prompt
+    and the answer had to go because the context was full.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
     cached_tokens: int = 0
+    dropped_tokens: int = 0
+    n_ctx: int = 0
+    """How many tokens the request could hold."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class InferenceMetrics:
     prompt_eval_ms: float = 0.0
     queue_ms: float = 0.0
     cached_tokens: int = 0
+    inter_token_p50_ms: float = 0.0
+    """The usual time from one token to the next, and the one that 1 in 100 exceeds."""
+    inter_token_p99_ms: float = 0.0
     request_id: int = 0
 
     def summary(self) -> str:
@@ -121,6 +131,8 @@ def metrics_of(request_id: int, stats: Mapping[str, float], source: Source) -> I
         prompt_eval_ms=stats.get("prompt_ms", 0.0),
         queue_ms=stats.get("queue_ms", 0.0),
         cached_tokens=int(stats.get("cached_tokens", 0)),
+        inter_token_p50_ms=stats.get("gap_p50_ms", 0.0),
+        inter_token_p99_ms=stats.get("gap_p99_ms", 0.0),
         request_id=request_id,
     )
 

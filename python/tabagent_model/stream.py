@@ -322,6 +322,8 @@ class Answer:
                 completion_tokens=metrics.generated_tokens,
                 total_tokens=metrics.prompt_tokens + metrics.generated_tokens,
                 cached_tokens=metrics.cached_tokens,
+                dropped_tokens=int(stats.get("dropped_tokens", 0)),
+                n_ctx=int(stats.get("n_ctx", 0)),
             ),
             metrics=metrics,
             model=self._source.model,

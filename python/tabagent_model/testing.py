@@ -73,6 +73,7 @@ class ScriptedContext:
     ) -> None:
         self.submitted: list[Submitted] = []
         self.aborted: list[int] = []
+        self.unpinned: list[int] = []
         self.n_ctx = n_ctx
         self.n_batch = n_batch
         self.n_seq_max = n_seq_max
@@ -91,7 +92,10 @@ class ScriptedContext:
         self._owner: threading.Thread | None = None
 
     def submit(self, request_id: int, prompt: Prompt, params: Mapping[str, Any]) -> None:
-        config = GenerationConfig.from_dict(params)
+        is_pin = params.get("pin", False)
+        config = GenerationConfig.from_dict({k: v for k, v in params.items() if k != "pin"})
+        if is_pin:
+            config = config.with_max_tokens(0)
         tokens = self.tokenize(prompt, config.add_bos) if isinstance(prompt, str) else [*prompt]
         sequence = _Sequence(request_id, iter(self._lines(prompt)), config, len(tokens))
         with self._changed:
@@ -182,7 +186,32 @@ class ScriptedContext:
             if event.is_last or (callback is not None and callback(event.text) is False):
                 return text
 
-    def metrics(self) -> dict[str, int]:
+    def slots(self) -> list[dict[str, int | None]]:
+        with self._changed:
+            places: list[_Sequence | None] = [*self._running]
+            places += [None] * (self.n_seq_max - len(places))
+            return [
+                {
+                    "request_id": sequence.request_id if sequence else None,
+                    "held_tokens": sequence.prompt_tokens + sequence.generated if sequence else 0,
+                    "prompt_tokens": sequence.prompt_tokens if sequence else 0,
+                    "cached_tokens": 0,
+                    "generated_tokens": sequence.generated if sequence else 0,
+                }
+                for sequence in places
+            ]
+
+    def unpin(self, request_id: int) -> None:
+        self.unpinned.append(request_id)
+
+    def export_state(self, tokens: Sequence[int]) -> bytes | None:
+        """There is nothing to export: a script computes nothing."""
+        return None
+
+    def import_state(self, data: bytes, tokens: Sequence[int]) -> int:
+        return 0
+
+    def metrics(self) -> dict[str, Any]:
         with self._changed:
             return {
                 "running": len(self._running),
@@ -289,6 +318,7 @@ class _Sequence:
         stats = {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": 0,
+            "dropped_tokens": 0,
             "generated_tokens": self.generated,
             "seed": max(self.config.seed, 0),
             "n_ctx": 0,
@@ -297,6 +327,8 @@ class _Sequence:
             "first_token_ms": self.first_token_ms,
             "decode_ms": total_ms - self.first_token_ms,
             "total_ms": total_ms,
+            "gap_p50_ms": 0.0,
+            "gap_p99_ms": 0.0,
         }
         return ScriptedEvent(
             self.request_id, text, [*tokens], True, reason, error=error, stats=stats

@@ -32,7 +32,7 @@ struct ta_attention {
     size_t             next = 0;
 
     // The backend computes on the pool, and goes before it.
-    Owned<ggml_threadpool>     pool;
+    std::unique_ptr<ta_pool>   pool;
     Owned<ggml_backend>        backend;
     Owned<ggml_backend_buffer> ring;
     Owned<ggml_gallocr>        allocator;
@@ -170,8 +170,12 @@ int ta_attention_new(const ta_attention_shape * shape, int32_t n_threads, ta_att
         }
         set_threads(attention->backend.get(), n_threads);
         if (n_threads > 1) {
-            attention->pool.reset(new_pool(n_threads, POLL));
-            set_pool(attention->backend.get(), attention->pool.get());
+            ta_pool * pool = nullptr;
+            if (const int status = ta_pool_new(n_threads, POLL, &pool, error)) {
+                return status;
+            }
+            attention->pool.reset(pool);
+            set_pool(attention->backend.get(), pool->threads);
         }
         const size_t largest = size_t(attention->kv_width()) * shape->n_ctx * sizeof(float);
         ggml_backend_buffer_type_t memory = ggml_backend_get_default_buffer_type(attention->backend.get());

@@ -8,9 +8,65 @@
 #include <stdexcept>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+void ta_thread_computes(bool does) noexcept {
+#if defined(__linux__) && defined(SYS_sched_setattr)
+    // The first version of the kernel's sched_attr; libc has no name for it.
+    struct {
+        uint32_t size;
+        uint32_t policy;
+        uint64_t flags;
+        int32_t  nice;
+        uint32_t priority;
+        uint64_t runtime;  // of an ordinary thread: its slice in nanoseconds, 0 is the default
+        uint64_t deadline;
+        uint64_t period;
+    } attributes = {};
+    if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0 || attributes.policy > 3) {
+        return;  // somebody chose a real-time policy for this thread
+    }
+    attributes.runtime = does ? 20'000'000 : 0;
+    (void) syscall(SYS_sched_setattr, 0, &attributes, 0);
+#else
+    (void) does;
+#endif
+}
+
+int ta_pool_new(int32_t n_threads, uint32_t poll, ta_pool ** out, ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        auto make = cpu_function<ggml_threadpool_t (*)(ggml_threadpool_params *)>("ggml_threadpool_new");
+        if (!make) {
+            return ta_fail(error, TA_REFUSED, "the CPU backend offers no thread pool");
+        }
+        ggml_threadpool_params params;
+        ggml_threadpool_params_init(&params, n_threads);
+        params.poll = poll;
+
+        auto pool = std::make_unique<ta_pool>();
+        ta_thread_computes(true);
+        pool->threads = make(&params);
+        ta_thread_computes(false);
+        if (!pool->threads) {
+            return ta_fail(error, TA_REFUSED, "the thread pool could not be created");
+        }
+        *out = pool.release();
+        return int(TA_OK);
+    });
+}
+
+void ta_pool_free(ta_pool * pool) noexcept {
+    ta_guard(nullptr, [&] {
+        delete pool;
+        return int(TA_OK);
+    });
+}
+
 struct ta_context {
     llama_context * llama = nullptr;
-    ggml_threadpool_t pool = nullptr;
 
     std::vector<llama_token>    tokens;
     std::vector<llama_pos>      positions;
@@ -24,7 +80,6 @@ struct ta_context {
             llama_detach_threadpool(llama);
             llama_free(llama);
         }
-        free_pool(pool);
     }
 };
 
@@ -55,12 +110,8 @@ int ta_context_new(llama_model * model, const ta_context_params * params, ta_con
             return ta_fail(error, TA_REFUSED, "");
         }
         // Without OpenMP each graph would start and join threads of its own.
-        if (params->n_threads > 1) {
-            context->pool = new_pool(params->n_threads, params->poll);
-            if (!context->pool) {
-                return ta_fail(error, TA_REFUSED, "the thread pool could not be created");
-            }
-            llama_attach_threadpool(context->llama, context->pool, nullptr);
+        if (params->pool) {
+            llama_attach_threadpool(context->llama, params->pool->threads, nullptr);
         }
         const size_t rows = llama_n_batch(context->llama);
         context->tokens.reserve(rows);
@@ -136,16 +187,49 @@ bool ta_sequence_remove(ta_context * context, int32_t sequence, int32_t from, in
     }) == 1;
 }
 
-bool ta_sequence_copy(ta_context * context, int32_t from, int32_t to) noexcept {
+bool ta_can_shift(const ta_context * context) noexcept {
+    return ta_guard(nullptr, [&] {
+        return llama_memory_can_shift(llama_get_memory(context->llama)) ? 1 : 0;
+    }) == 1;
+}
+
+bool ta_sequence_shift(ta_context * context, int32_t sequence, int32_t keep, int32_t drop) noexcept {
     return ta_guard(nullptr, [&] {
         llama_memory_t memory = llama_get_memory(context->llama);
-        if (!llama_memory_seq_rm(memory, to, -1, -1)) {
+        if (!llama_memory_can_shift(memory) || !llama_memory_seq_rm(memory, sequence, keep, keep + drop)) {
             return 0;
         }
-        // Sequences lie in streams of their own, between which only the whole can be copied.
-        llama_memory_seq_cp(memory, from, to, -1, -1);
+        llama_memory_seq_add(memory, sequence, keep + drop, -1, -drop);
         return 1;
     }) == 1;
+}
+
+size_t ta_sequence_state_size(ta_context * context, int32_t sequence) noexcept {
+    size_t size = 0;
+    ta_guard(nullptr, [&] {
+        size = llama_state_seq_get_size_ext(context->llama, sequence, 0);
+        return int(TA_OK);
+    });
+    return size;
+}
+
+size_t ta_sequence_state_get(ta_context * context, int32_t sequence, uint8_t * out, size_t size) noexcept {
+    size_t written = 0;
+    ta_guard(nullptr, [&] {
+        written = llama_state_seq_get_data_ext(context->llama, out, size, sequence, 0);
+        return int(TA_OK);
+    });
+    return written;
+}
+
+size_t ta_sequence_state_set(ta_context * context, int32_t sequence, const uint8_t * state,
+                             size_t size) noexcept {
+    size_t read = 0;
+    ta_guard(nullptr, [&] {
+        read = llama_state_seq_set_data_ext(context->llama, state, size, sequence, 0);
+        return int(TA_OK);
+    });
+    return read;
 }
 
 void ta_memory_clear(ta_context * context) noexcept {

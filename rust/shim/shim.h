@@ -31,7 +31,19 @@ typedef struct ta_error {
 struct llama_model;
 struct llama_vocab;
 
-// A llama_context, the batch that is being built for it, and the thread pool it computes on.
+// Threads to compute on. One context at a time uses them; a pool outlives its contexts.
+typedef struct ta_pool ta_pool;
+
+// Lets the calling thread, and those it creates, give its core at once to whoever wakes up and has
+// little to do: it asks the kernel for long slices, and whoever has shorter ones goes first. Its share
+// of the core stays the same. Only on Linux from 6.12 on; elsewhere it does nothing.
+void ta_thread_computes(bool does) TA_NOEXCEPT;
+
+// `poll` is how long idle workers spin: 0 to 100.
+int  ta_pool_new(int32_t n_threads, uint32_t poll, ta_pool ** out, ta_error * error) TA_NOEXCEPT;
+void ta_pool_free(ta_pool * pool) TA_NOEXCEPT;
+
+// A llama_context, and the batch that is being built for it.
 typedef struct ta_context ta_context;
 
 typedef struct ta_context_params {
@@ -43,7 +55,7 @@ typedef struct ta_context_params {
     int32_t  n_threads;
     int32_t  flash_attn;  // -1 auto, 0 off, 1 on
     int32_t  kv_type;     // a ggml_type
-    uint32_t poll;        // how long idle workers of the pool spin: 0 to 100
+    ta_pool * pool;       // NULL with a single thread
     bool     kv_unified;
     bool     offload_kqv;
     // Asked after each node of the graph on the CPU; true ends the decode with status 2.
@@ -55,7 +67,7 @@ int  ta_context_new(struct llama_model * model, const ta_context_params * params
                     ta_error * error) TA_NOEXCEPT;
 void ta_context_free(ta_context * context) TA_NOEXCEPT;
 
-// At most as many as the context was made with.
+// At most as many as the pool has.
 void ta_context_set_threads(ta_context * context, int32_t n_threads) TA_NOEXCEPT;
 
 // Sizes as llama.cpp rounded them.
@@ -76,8 +88,17 @@ int ta_logits(ta_context * context, int32_t row, const float ** out, ta_error * 
 
 // False: this kind of memory cannot forget a part of a sequence.
 bool ta_sequence_remove(ta_context * context, int32_t sequence, int32_t from, int32_t to) TA_NOEXCEPT;
-// Makes `to` hold what `from` holds, all of it; `to` loses what it held. Not for recurrent memory.
-bool ta_sequence_copy(ta_context * context, int32_t from, int32_t to) TA_NOEXCEPT;
+// Whether the positions of a sequence can be moved.
+bool ta_can_shift(const ta_context * context) TA_NOEXCEPT;
+// Forgets `drop` positions after the first `keep`, and moves the rest up. Only where it can shift.
+bool ta_sequence_shift(ta_context * context, int32_t sequence, int32_t keep, int32_t drop) TA_NOEXCEPT;
+
+// What a sequence holds, as bytes: how many, and the bytes themselves. 0 when that failed.
+size_t ta_sequence_state_size(ta_context * context, int32_t sequence) TA_NOEXCEPT;
+size_t ta_sequence_state_get(ta_context * context, int32_t sequence, uint8_t * out, size_t size) TA_NOEXCEPT;
+// Replaces what the sequence holds; 0 when that failed, and then it holds nothing.
+size_t ta_sequence_state_set(ta_context * context, int32_t sequence, const uint8_t * state,
+                             size_t size) TA_NOEXCEPT;
 void ta_memory_clear(ta_context * context) TA_NOEXCEPT;
 
 // The number of tokens written, or minus the number that there is no room for.

@@ -74,6 +74,9 @@ pub struct ContextConfig {
     /// 0 means as many as the memory suggests.
     pub n_seq_max: u32,
     pub queue_size: usize,
+    /// Megabytes of main memory for what slots held and lost; -1 means as much as the slots take, at
+    /// most a sixteenth of the free memory.
+    pub prompt_cache_mb: i64,
     pub flash_attn: FlashAttention,
     pub kv_type: KvType,
     pub offload_kqv: bool,
@@ -153,6 +156,7 @@ impl Default for ContextConfig {
             n_threads: 0,
             n_seq_max: 0,
             queue_size: 1024,
+            prompt_cache_mb: -1,
             flash_attn: FlashAttention::Auto,
             kv_type: KvType::Auto,
             offload_kqv: true,
@@ -168,6 +172,7 @@ impl ContextConfig {
         check("n_threads", self.n_threads, 0, 512)?;
         check("n_seq_max", self.n_seq_max, 0, 256)?;
         check("queue_size", self.queue_size, 1, 1_000_000)?;
+        check("prompt_cache_mb", self.prompt_cache_mb, -1, 1 << 24)?;
         // llama.cpp asserts on more sequences than a batch has rows.
         if self.n_seq_max > self.n_batch {
             let allowed = format!("at most `n_batch` ({})", self.n_batch);
@@ -198,7 +203,14 @@ pub struct GenerationConfig {
     pub ignore_eos: bool,
     pub min_tokens: u32,
     pub timeout: Option<Duration>,
+    /// The longest time to wait for a slot.
+    pub max_queue_wait: Option<Duration>,
     pub priority: Priority,
+    pub overflow: Overflow,
+    /// How many tokens of the beginning a shift keeps; -1 means the prompt, at most half the context.
+    pub n_keep: i64,
+    /// Nothing is generated; the prompt is computed and stays in the prompt cache.
+    pub pin: bool,
     pub add_bos: bool,
     /// Control tokens written in a text prompt become control tokens.
     pub special: bool,
@@ -209,6 +221,15 @@ pub enum Priority {
     High,
     Normal,
     Low,
+}
+
+/// What happens when the context is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overflow {
+    /// A prompt that does not fit is refused, an answer ends there.
+    Error,
+    /// The older half of what may go is dropped, and the rest moves up.
+    Shift,
 }
 
 impl Default for GenerationConfig {
@@ -228,7 +249,11 @@ impl Default for GenerationConfig {
             ignore_eos: false,
             min_tokens: 0,
             timeout: None,
+            max_queue_wait: None,
             priority: Priority::Normal,
+            overflow: Overflow::Error,
+            n_keep: -1,
+            pin: false,
             add_bos: true,
             special: false,
         }
@@ -247,11 +272,17 @@ impl GenerationConfig {
         check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
         check("penalty_last_n", self.penalty_last_n, -1, 1 << 24)?;
         check("seed", self.seed, -1, i64::MAX)?;
+        check("n_keep", self.n_keep, -1, 1 << 24)?;
         check("the number of `stop` strings", self.stop.len(), 0, 64)?;
         for stop in &self.stop {
             check("the bytes of each `stop` string", stop.len(), 1, 4096)?;
         }
         Ok(())
+    }
+
+    /// How many tokens of the beginning stay when the context overflows.
+    pub fn kept_tokens(&self, num_prompt: usize, n_ctx: usize) -> usize {
+        usize::try_from(self.n_keep).unwrap_or(num_prompt).min(num_prompt).min(n_ctx / 2)
     }
 }
 

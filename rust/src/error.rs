@@ -50,6 +50,9 @@ pub enum Error {
     #[error("the request did not end within {seconds} s ({generated} tokens were generated)")]
     GenerationTimeout { seconds: f64, generated: u64 },
 
+    #[error("the request found no place within {seconds} s")]
+    QueueTimeout { seconds: f64 },
+
     #[error("{waiting} requests are waiting already, which is the limit")]
     QueueFull { waiting: usize },
 

@@ -26,6 +26,11 @@ pub(crate) struct ShimContext {
 }
 
 #[repr(C)]
+pub(crate) struct ShimPool {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
 pub(crate) struct ContextParams {
     pub n_ctx: u32,
     pub n_batch: u32,
@@ -35,7 +40,7 @@ pub(crate) struct ContextParams {
     pub n_threads: i32,
     pub flash_attn: i32,
     pub kv_type: i32,
-    pub poll: u32,
+    pub pool: *mut ShimPool,
     pub kv_unified: bool,
     pub offload_kqv: bool,
     pub abort: Option<unsafe extern "C" fn(*mut c_void) -> bool>,
@@ -64,6 +69,14 @@ pub(crate) struct AttentionCase {
 }
 
 unsafe extern "C" {
+    pub(crate) fn ta_thread_computes(does: bool);
+    pub(crate) fn ta_pool_new(
+        n_threads: i32,
+        poll: u32,
+        out: *mut *mut ShimPool,
+        error: *mut ShimError,
+    ) -> c_int;
+    pub(crate) fn ta_pool_free(pool: *mut ShimPool);
     pub(crate) fn ta_context_new(
         model: *mut llama_model,
         params: *const ContextParams,
@@ -96,7 +109,26 @@ unsafe extern "C" {
         from: i32,
         to: i32,
     ) -> bool;
-    pub(crate) fn ta_sequence_copy(context: *mut ShimContext, from: i32, to: i32) -> bool;
+    pub(crate) fn ta_can_shift(context: *const ShimContext) -> bool;
+    pub(crate) fn ta_sequence_shift(
+        context: *mut ShimContext,
+        sequence: i32,
+        keep: i32,
+        drop: i32,
+    ) -> bool;
+    pub(crate) fn ta_sequence_state_size(context: *mut ShimContext, sequence: i32) -> usize;
+    pub(crate) fn ta_sequence_state_get(
+        context: *mut ShimContext,
+        sequence: i32,
+        out: *mut u8,
+        size: usize,
+    ) -> usize;
+    pub(crate) fn ta_sequence_state_set(
+        context: *mut ShimContext,
+        sequence: i32,
+        state: *const u8,
+        size: usize,
+    ) -> usize;
     pub(crate) fn ta_memory_clear(context: *mut ShimContext);
     pub(crate) fn ta_tokenize(
         vocab: *const llama_vocab,

@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::*;
-use tabagent_model::config::{GenerationConfig, Priority};
+use tabagent_model::config::{GenerationConfig, Overflow, Priority};
 use tabagent_model::context::message::FinishReason::{Cancelled, Length, Stop};
 use tabagent_model::context::message::{Event, FinishReason};
 use tabagent_model::context::runner::Interrupt;
-use tabagent_model::context::{Context, Metrics, Prompt};
+use tabagent_model::context::{Capacity, Context, Prompt, SlotView};
 use tabagent_model::error::Error;
+
+const SMALL: Capacity = Capacity { queue_size: 10, prompt_cache_bytes: 0 };
 
 /// One slot, and a gate before every step.
 fn one_slot() -> Setup {
@@ -62,7 +64,7 @@ fn a_request_ends_at_its_limit() {
 fn each_step_is_told_on_its_own_and_the_last_one_with_the_end() {
     let context = Context::with_runner(
         ScriptedRunner::new(Setup::default(), Interrupt::default()).0,
-        10,
+        SMALL,
         Interrupt::default(),
     )
     .unwrap();
@@ -200,28 +202,22 @@ fn the_metrics_know_who_runs_and_who_waits_also_during_a_step() {
     engine.submit(1, &[10, 11], at_most(2));
     engine.stage.wait_for_batch(1);
     engine.submit(2, &[10, 11], at_most(2));
-    let metrics = Metrics {
-        running: 1,
-        waiting: 1,
-        requests: 2,
-        prompt_tokens: 2,
-        cached_tokens: 0,
-        generated_tokens: 0,
-        steps: 0,
+    let seen = |engine: &Engine| {
+        let m = engine.context.metrics();
+        let tokens = (m.prompt_tokens, m.cached_tokens, m.generated_tokens, m.held_tokens);
+        ((m.running, m.waiting, m.requests), tokens, (m.steps, m.busy_slots, m.ended_length))
     };
-    assert_eq!(engine.context.metrics(), metrics);
+    assert_eq!(seen(&engine), ((1, 1, 2), (2, 0, 0, 0), (0, 0, 0)));
+    let first = SlotView { request: Some(1), prompt_tokens: 2, ..SlotView::default() };
+    assert_eq!(engine.context.slots(), [first]);
     engine.stage.open();
     engine.answers([1, 2]);
-    let metrics = Metrics {
-        running: 0,
-        waiting: 0,
-        requests: 2,
-        prompt_tokens: 4,
-        cached_tokens: 1,
-        generated_tokens: 4,
-        steps: 4,
-    };
-    assert_eq!(engine.context.metrics(), metrics);
+    assert_eq!(seen(&engine), ((0, 0, 2), (4, 1, 4, 0), (4, 4, 2)));
+    assert_eq!(engine.context.slots(), [SlotView { held_tokens: 3, ..SlotView::default() }]);
+    let metrics = engine.context.metrics();
+    let counts = [metrics.queue, metrics.first_token, metrics.gap, metrics.whole]
+        .map(|distribution| distribution.buckets.last().unwrap().1);
+    assert_eq!(counts, [2; 4]);
 }
 
 #[test]
@@ -234,6 +230,131 @@ fn a_long_prompt_costs_its_neighbour_a_slower_step_and_not_a_pause() {
     assert_eq!(engine.answers([1, 2]), [said(11..31, Length), said([21, 22], Length)]);
     let shapes: Vec<_> = engine.stage.batches()[..6].iter().map(|batch| shape(batch)).collect();
     assert_eq!(shapes, [vec![1], vec![1, 7], vec![1, 7], vec![1, 6], vec![1, 1], vec![1]]);
+}
+
+#[test]
+fn a_prompt_keeps_to_what_the_runner_advises_beside_those_who_generate() {
+    let prompt_rows = |generating, prompts| {
+        assert_eq!(prompts, 1);
+        if generating == 0 { usize::MAX } else { 3 }
+    };
+    let setup = Setup { n_batch: 8, gate: Some(0), prompt_rows, ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    engine.submit(1, &[10], at_most(4));
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &(1..21).collect::<Vec<_>>(), at_most(1));
+    engine.stage.open();
+    assert_eq!(engine.answers([1, 2]), [said(11..15, Length), said([21], Length)]);
+    let shapes: Vec<_> = engine.stage.batches().iter().map(|batch| shape(batch)).collect();
+    assert_eq!(shapes, [vec![1], vec![1, 3], vec![1, 3], vec![1, 3], vec![8], vec![3]]);
+}
+
+#[test]
+fn a_short_prompt_overtakes_a_long_one_that_goes_on_all_the_same() {
+    let setup = Setup { n_batch: 4, n_slots: 4, gate: Some(0), ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    engine.submit(1, &(0..90).collect::<Vec<_>>(), at_most(1));
+    engine.stage.wait_for_batch(1);
+    for id in 2..5 {
+        engine.submit(id, &[id as i32 * 10; 12], at_most(1));
+    }
+    engine.stage.let_through(18);
+    engine.stage.wait_for_batch(18);
+    engine.stage.open();
+    engine.answers([1, 2, 3, 4]);
+    assert_eq!(engine.ended, [2, 3, 4, 1]);
+    let rows = engine.stage.rows_since(0);
+    let of_the_long_one = rows.iter().take(4 * 12).filter(|(slot, ..)| *slot == 0).count();
+    assert_eq!(of_the_long_one, 3 * 4, "one step in four");
+}
+
+#[test]
+fn the_gap_that_a_request_leaves_is_closed() {
+    let setup = Setup { n_slots: 3, gate: Some(0), rule: hash_all, ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    let on_and_on = |max_tokens| GenerationConfig { ignore_eos: true, ..at_most(max_tokens) };
+    for (id, max_tokens) in [(1, 30), (2, 2), (3, 30)] {
+        engine.submit(id, &[id as i32, 5], on_and_on(max_tokens));
+    }
+    engine.stage.open();
+    let answers = engine.answers([1, 2, 3]);
+    let alone = |id: i32, max_tokens| {
+        let setup = Setup { rule: hash_all, ..Setup::default() };
+        Engine::new(setup).ask(1, &[id, 5], on_and_on(max_tokens))
+    };
+    assert_eq!(answers, [alone(1, 30), alone(2, 2), alone(3, 30)]);
+    let slots: Vec<Vec<usize>> = engine.stage.batches()[..8]
+        .iter()
+        .map(|batch| batch.iter().map(|row| row.slot).collect::<std::collections::BTreeSet<_>>())
+        .map(|slots| slots.into_iter().collect())
+        .collect();
+    let [all, gap, dense] = [vec![0, 1, 2], vec![0, 2], vec![0, 1]];
+    let expected = [&all, &all, &gap, &gap, &gap, &dense, &dense, &dense].map(Clone::clone);
+    assert_eq!(slots, expected);
+}
+
+#[test]
+fn low_priority_is_not_passed_over_for_ever() {
+    let mut engine = Engine::new(one_slot());
+    engine.submit(1, &[10], at_most(2));
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &[20], with_priority(Priority::Low));
+    (3..23).for_each(|id| engine.submit(id, &[30], with_priority(Priority::High)));
+    engine.stage.open();
+    engine.answers([2, 22]);
+    assert_eq!(engine.ended.iter().position(|id| *id == 2), Some(9));
+}
+
+#[test]
+fn low_priority_gives_its_slot_to_whoever_is_more_urgent_and_loses_nothing() {
+    let mut engine = Engine::new(Setup { rule: hash_all, ..one_slot() });
+    let config = |priority, max_tokens| GenerationConfig {
+        priority,
+        ignore_eos: true,
+        ..at_most(max_tokens)
+    };
+    engine.submit(1, &[10], config(Priority::Low, 9));
+    engine.stage.let_through(3);
+    engine.stage.wait_for_batch(4);
+    engine.submit(2, &[20], config(Priority::Normal, 4));
+    engine.stage.open();
+    let alone = |prompt: i32, max_tokens| {
+        let setup = Setup { rule: hash_all, ..Setup::default() };
+        Engine::new(setup).ask(1, &[prompt], config(Priority::Normal, max_tokens))
+    };
+    assert_eq!(engine.answers([1, 2]), [alone(10, 9), alone(20, 4)]);
+    assert_eq!(engine.ended, [2, 1]);
+    assert_eq!(engine.context.metrics().preemptions, 1);
+}
+
+#[test]
+fn normal_priority_keeps_its_slot() {
+    let mut engine = Engine::new(one_slot());
+    engine.submit(1, &[10], with_priority(Priority::Normal));
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &[20], with_priority(Priority::High));
+    engine.stage.open();
+    engine.answers([1, 2]);
+    assert_eq!(engine.ended, [1, 2]);
+}
+
+#[test]
+fn who_finds_no_place_in_time_hears_so() {
+    let mut engine = Engine::new(one_slot());
+    engine.submit(1, &[10], at_most(3));
+    engine.stage.wait_for_batch(1);
+    let wait = Some(Duration::from_millis(1));
+    engine.submit(2, &[20], GenerationConfig { max_queue_wait: wait, ..at_most(3) });
+    engine.stage.let_through(1);
+    std::thread::sleep(Duration::from_millis(5));
+    engine.stage.let_through(1);
+    let error = Error::QueueTimeout { seconds: 0.001 };
+    assert_eq!(engine.answers([2]), [failed([], &error)]);
+    engine.stage.open();
+    assert_eq!(engine.answers([1]), [said([11, 12, 13], Length)]);
+    // Who runs already has found its place.
+    let config = GenerationConfig { max_queue_wait: Some(Duration::from_secs(60)), ..at_most(1) };
+    assert_eq!(engine.ask(3, &[30], config), said([31], Length));
 }
 
 #[test]
@@ -271,7 +392,7 @@ fn sequences_come_to_the_runner_in_ascending_order_without_gaps() {
     engine.answers([1, 2, 3]);
     for batch in engine.stage.batches() {
         let slots: Vec<usize> = batch.iter().map(|row| row.slot).collect();
-        assert_eq!(slots, (0..slots.len()).collect::<Vec<_>>());
+        assert_eq!(slots, (slots[0]..slots[0] + slots.len()).collect::<Vec<_>>());
     }
 }
 
@@ -372,6 +493,109 @@ fn a_shared_beginning_that_parts_gives_the_same_as_a_cold_start() {
         let cached = if forgets_parts { 20 } else { 0 };
         assert_eq!(engine.stats(2).cached_tokens, cached);
     }
+}
+
+#[test]
+fn what_a_slot_lost_comes_back_from_the_prompt_cache() {
+    for forgets_parts in [true, false] {
+        let setup =
+            Setup { n_slots: 1, prompt_cache_bytes: 1 << 12, forgets_parts, ..Setup::default() };
+        let mut engine = Engine::new(setup);
+        let (first, other): (Vec<i32>, Vec<i32>) = ((0..50).collect(), (50..90).collect());
+        engine.ask(1, &first, at_most(2));
+        engine.ask(2, &other, at_most(2));
+        assert_eq!(engine.context.metrics().prompt_cache_bytes, 4 * 51);
+        let before = engine.stage.num_batches();
+        let turn = [&first[..], &[50, 70]].concat();
+        assert_eq!(engine.ask(3, &turn, at_most(1)), said([71], Length));
+        assert_eq!(engine.stage.rows_since(before), [(0, 51, 70)], "{forgets_parts}");
+        assert_eq!(engine.stage.restored(), [(0, 51)]);
+        assert_eq!(engine.stats(3).cached_tokens, 51);
+    }
+}
+
+#[test]
+fn the_prompt_cache_keeps_to_its_size_and_forgets_what_was_of_no_use() {
+    let setup = Setup { n_slots: 1, prompt_cache_bytes: 4 * 110, ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    let prompt = |first: i32| (first..first + 40).collect::<Vec<_>>();
+    for (id, first) in (1..).zip([0, 10, 0, 20, 30, 0]) {
+        engine.ask(id, &prompt(first), at_most(1));
+        assert!(engine.context.metrics().prompt_cache_bytes <= 4 * 110);
+    }
+    // 0 was used in between, so that 10 had to go.
+    assert_eq!([3, 6].map(|id| engine.stats(id).cached_tokens), [39, 39]);
+    assert_eq!(engine.ask(7, &prompt(10), at_most(1)).tokens, [50]);
+    assert_eq!(engine.stats(7).cached_tokens, 0);
+}
+
+#[test]
+fn what_is_pinned_stays_until_it_is_released() {
+    let setup = Setup { n_slots: 1, prompt_cache_bytes: 4 * 60, ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    let pin = || GenerationConfig { pin: true, ..greedy() };
+    let pinned: Vec<i32> = (0..40).collect();
+    assert_eq!(engine.ask(1, &pinned, pin()), said([], Length));
+    let too_much = Error::OutOfMemory {
+        what: "pinning 30 tokens in the prompt cache".into(),
+        needed: 120,
+        free: 80,
+    };
+    assert_eq!(engine.ask(2, &[7; 30], pin()), failed([], &too_much));
+    let mut cached = |id, first: i32| {
+        engine.ask(id, &(first..first + 40).collect::<Vec<_>>(), at_most(1));
+        engine.stats(id).cached_tokens
+    };
+    assert_eq!([cached(3, 20), cached(4, 30), cached(5, 0)], [0, 0, 39]);
+    engine.context.unpin(1);
+    let mut cached = |id, first: i32| {
+        engine.ask(id, &(first..first + 40).collect::<Vec<_>>(), at_most(1));
+        engine.stats(id).cached_tokens
+    };
+    assert_eq!([cached(6, 20), cached(7, 30), cached(8, 0)], [0, 0, 0]);
+}
+
+// ---- a context that is full ------------------------------------------------------------------
+
+fn shifting(max_tokens: i64) -> GenerationConfig {
+    GenerationConfig { overflow: Overflow::Shift, ..at_most(max_tokens) }
+}
+
+#[test]
+fn a_full_context_drops_what_came_first_after_the_prompt() {
+    let setup = || Setup { n_ctx: 16, rule: hash_all, ..Setup::default() };
+    let mut engine = Engine::new(setup());
+    let config = GenerationConfig { ignore_eos: true, ..shifting(40) };
+    let answer = engine.ask(1, &[1, 2, 3], config.clone());
+    assert_eq!(answer, reference(&[1, 2, 3], &config, 16));
+    assert_eq!(answer.tokens.len(), 40);
+    assert_eq!((engine.stats(1).dropped_tokens, engine.stats(1).n_ctx), (30, 16));
+    // What was computed with the dropped tokens before it is of no use to anybody.
+    let turn = [&[1, 2, 3], &answer.tokens[34..40]].concat();
+    let cold = Engine::new(setup()).ask(1, &turn, at_most(5));
+    assert_eq!(engine.ask(2, &turn, at_most(5)), cold);
+    assert_eq!(engine.stats(2).cached_tokens, 3);
+}
+
+#[test]
+fn a_prompt_that_does_not_fit_loses_its_middle_if_that_was_asked_for() {
+    let mut engine = Engine::new(Setup { n_ctx: 16, ..Setup::default() });
+    let prompt: Vec<i32> = (0..40).collect();
+    let config = GenerationConfig { n_keep: 2, ..shifting(2) };
+    assert_eq!(engine.ask(1, &prompt, config), said([40, 41], Length));
+    let tokens: Vec<i32> = engine.stage.rows_since(0).iter().map(|(.., token)| *token).collect();
+    assert_eq!(tokens, [&[0, 1], &prompt[33..], &[40]].concat());
+    let stats = engine.stats(1);
+    assert_eq!((stats.prompt_tokens, stats.dropped_tokens), (40, 31));
+}
+
+#[test]
+fn memory_that_cannot_be_shifted_says_so_at_once() {
+    let engine = Engine::new(Setup { can_shift: false, ..Setup::default() });
+    let refused = engine.try_submit(1, &[1], shifting(2)).unwrap_err().to_string();
+    let expected = "`overflow` must be `error` with this model, whose memory cannot be shifted, \
+                    got shift";
+    assert_eq!(refused, expected);
 }
 
 // ---- cancelling ------------------------------------------------------------------------------
@@ -654,7 +878,7 @@ fn closing_from_many_threads_at_once_waits_for_the_end_in_each() {
 fn dropping_the_context_frees_the_runner() {
     let interrupt = Interrupt::default();
     let (runner, stage) = ScriptedRunner::new(one_slot(), interrupt.clone());
-    let context = Context::with_runner(runner, 10, interrupt).unwrap();
+    let context = Context::with_runner(runner, SMALL, interrupt).unwrap();
     context.submit(1, Prompt::Tokens(vec![10]), greedy()).unwrap();
     stage.wait_for_batch(1);
     drop(context);
@@ -770,27 +994,38 @@ fn a_callback_that_panics_ends_its_request() {
 
 /// What a request would be told if it were alone and nothing went wrong.
 fn reference(prompt: &[i32], config: &GenerationConfig, n_ctx: usize) -> Answer {
-    let most = usize::try_from(config.max_tokens).unwrap_or(usize::MAX).min(n_ctx - prompt.len());
+    let shifts = config.overflow == Overflow::Shift;
+    let room = if shifts { usize::MAX } else { n_ctx - prompt.len() };
+    let most = usize::try_from(config.max_tokens).unwrap_or(usize::MAX).min(room);
     let mut history = prompt.to_vec();
-    let generated = |history: &[i32]| history[prompt.len()..].to_vec();
-    while history.len() - prompt.len() < most {
-        let next = hash_all(&history);
+    let mut generated = Vec::new();
+    while generated.len() < most {
+        let next = match hash_all(&history) {
+            END if config.ignore_eos => 0, // the best of the rest
+            next => next,
+        };
         if next == END {
-            return said(generated(&history), Stop);
+            return said(generated, Stop);
         }
         history.push(next);
-        let text = text_of(&history[prompt.len()..]);
+        generated.push(next);
+        let text = text_of(&generated);
         if let Some((stop, at)) = config.stop.iter().find_map(|stop| Some((stop, text.find(stop)?)))
         {
             let stop = Some(stop.clone());
-            return Answer { text: text[..at].into(), stop, ..said(generated(&history), Stop) };
+            return Answer { text: text[..at].into(), stop, ..said(generated, Stop) };
+        }
+        if history.len() == n_ctx {
+            let keep = config.kept_tokens(prompt.len(), n_ctx);
+            history.drain(keep..keep + (n_ctx - keep) / 2);
         }
     }
-    said(generated(&history), Length)
+    said(generated, Length)
 }
 
 struct Storm {
     dice: fastrand::Rng,
+    can_shift: bool,
     n_ctx: usize,
     base: Vec<i32>,
 }
@@ -800,7 +1035,7 @@ impl Storm {
         let mut dice = fastrand::Rng::with_seed(seed);
         let n_ctx = dice.usize(24..64);
         let base = (0..n_ctx).map(|_| dice.i32(0..60)).collect();
-        Storm { dice, n_ctx, base }
+        Storm { can_shift: dice.bool(), dice, n_ctx, base }
     }
 
     fn setup(&mut self) -> Setup {
@@ -821,6 +1056,10 @@ impl Storm {
             n_batch: n_slots + dice.usize(0..40),
             n_slots,
             queue_size: dice.usize(3..60),
+            prompt_cache_bytes: dice.usize(0..4) * 4 * self.n_ctx,
+            can_shift: self.can_shift,
+            prompt_rows: [|_, _| usize::MAX, |generating, _| if generating > 0 { 2 } else { 9 }]
+                [dice.usize(0..2)],
             rule: hash_all,
             cells: self.n_ctx * dice.usize(1..=n_slots),
             forgets_parts: dice.bool(),
@@ -845,7 +1084,12 @@ impl Storm {
         let stop =
             if dice.u32(0..4) == 0 { vec![format!("{} {}", 3, dice.u32(1..6))] } else { vec![] };
         let priority = dice.choice([High, Normal, Normal, Low]).unwrap();
-        GenerationConfig { priority, stop, ..at_most(dice.i64(-1..20)) }
+        // Memory that cannot forget a part cannot shift, and what it makes then is no reference.
+        let (overflow, limit) = match self.can_shift && dice.u32(0..4) == 0 {
+            true => (Overflow::Shift, dice.i64(0..90)),
+            false => (Overflow::Error, dice.i64(-1..20)),
+        };
+        GenerationConfig { priority, stop, overflow, ..at_most(limit) }
     }
 }
 

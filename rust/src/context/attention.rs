@@ -7,8 +7,10 @@
 
 use std::time::{Duration, Instant};
 
+use super::plan::Plan;
+use super::pool::Turn;
 use super::runner::N_CTX_STEP;
-use super::{plan_sequences, threads_of};
+use super::threads_of;
 use crate::config::{ContextConfig, FlashAttention, KvType};
 use crate::error::{Error, Result};
 use crate::ffi::{self, AttentionCase, AttentionShape};
@@ -128,7 +130,7 @@ impl Attention {
     fn fits(self, model: &Model, config: &ContextConfig, heads: Heads) -> bool {
         let sequences = |kv_type| {
             let config = ContextConfig { kv_type, ..config.clone() };
-            plan_sequences(model, &config).ok()
+            Plan::new(model, &config).ok().map(|plan| plan.n_seq_max)
         };
         let same_sequences =
             self.kv_type == config.kv_type || sequences(self.kv_type) == sequences(KvType::F16);
@@ -247,6 +249,7 @@ impl Stopwatch {
             n_kv: depth.next_multiple_of(N_CTX_STEP) as i32,
         };
         let mut seconds = 0.0;
+        let _turn = Turn::take(); // contexts that compute meanwhile are no disturbance
         // SAFETY: the stopwatch is alive, and the cells that are looked at are among its own.
         ffi::call(|error| unsafe {
             ffi::ta_attention_time(self.attention, &case, &mut seconds, error)

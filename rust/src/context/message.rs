@@ -1,6 +1,7 @@
 //! What we ask of the owner thread, and what we are told: the whole protocol on one page.
 
 use std::collections::VecDeque;
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -10,16 +11,36 @@ use crate::error::Error;
 pub enum Command {
     Add(Request),
     Abort(u64),
+    /// What was pinned for this request may go like anything else.
+    Unpin(u64),
+    /// Asks for the state of the slot that holds the longest beginning of these tokens.
+    Export {
+        tokens: Vec<i32>,
+        reply: Sender<Option<Exported>>,
+    },
+    /// Gives the prompt cache a state; the answer says whether it could be kept.
+    Import {
+        exported: Exported,
+        reply: Sender<bool>,
+    },
     /// Every request gets a last event, then the thread ends.
     Close,
     /// For tests: the next step that computes something panics.
     Panic,
 }
 
+/// What a slot holds: the tokens, and their keys and values as llama.cpp writes them down.
+pub struct Exported {
+    pub tokens: Vec<i32>,
+    pub state: Vec<u8>,
+}
+
 /// A request that was found sound: its prompt is tokenized and fits the context.
 pub struct Request {
     pub id: u64,
     pub prompt: Vec<i32>,
+    /// Tokens of the prompt that were dropped because it did not fit.
+    pub dropped: usize,
     pub config: GenerationConfig,
     pub submitted: Instant,
     /// Where its events go: the context's own outbox, or that of a caller who waits for it alone.
@@ -73,11 +94,13 @@ impl FinishReason {
     }
 }
 
-/// Times are milliseconds; those up to an event are counted from `submitted`.
+/// Times are milliseconds; those up to an event are counted from `submitted`. A gap is the time
+/// between one token and the next.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Stats {
     pub prompt_tokens: usize,
     pub cached_tokens: usize,
+    pub dropped_tokens: usize,
     pub generated_tokens: usize,
     pub n_ctx: usize,
     pub seed: i64,
@@ -86,6 +109,8 @@ pub struct Stats {
     pub first_token_ms: f64,
     pub decode_ms: f64,
     pub total_ms: f64,
+    pub gap_p50_ms: f64,
+    pub gap_p99_ms: f64,
 }
 
 /// Where events wait for their reader. The writer never waits.

@@ -1,42 +1,56 @@
 //! Context: the handle of one llama.cpp context. It submits, aborts, hands out events and closes;
 //! the work is done by its owner thread.
 
+mod admission;
 mod attention;
+mod budget;
 pub mod message;
+mod metrics;
 mod pace;
+mod plan;
+mod pool;
+mod prompt_cache;
+mod queue;
 pub mod runner;
 mod sampler;
 mod scheduler;
 mod sequence;
 mod slots;
+mod state;
 mod text;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::config::{ContextConfig, GenerationConfig, KvType};
+use crate::config::{ContextConfig, GenerationConfig, KvType, Overflow};
 use crate::error::{Error, Result};
 use crate::gguf::Description;
-use crate::hardware::{cpu, memory};
+use crate::hardware::cpu;
 use crate::log;
 use crate::model::Model;
-use message::{Command, Event, FinishReason, Outbox, Request};
-use runner::{Interrupt, Limits, LlamaRunner, N_CTX_STEP, Runner};
+use message::{Command, Event, Exported, FinishReason, Outbox, Request};
+use metrics::{Meter, add};
+use plan::Plan;
+use prompt_cache::PromptCache;
+use runner::{Interrupt, Limits, LlamaRunner, Runner};
 use scheduler::Scheduler;
+use sequence::dropped_at_once;
+use state::Kind;
 
 pub use attention::{ALL as ATTENTIONS, Attention, Heads, Options, Timing, measure};
+pub use budget::Budget;
+pub use metrics::{Distribution, Metrics, SlotView};
 pub use pace::Pace;
+pub use pool::Turn;
 pub use sampler::Sampler;
 pub use slots::Slots;
 pub use text::TextStream;
 
-/// With nothing asked for, a context has at most so many sequences, and their keys and values take
-/// at most this share of the free memory.
-const MOST_SEQUENCES: u64 = 4;
-const SHARE_OF_FREE_MEMORY: u64 = 8;
+/// A prompt that is cut to fit may have at most so many times the tokens of the context.
+const LONGEST_PROMPT: usize = 64;
 
 pub struct Context {
     model: Weak<Model>,
@@ -47,8 +61,16 @@ pub struct Context {
     n_threads: u32,
     attention: Attention,
     queue_size: usize,
+    state_kind: Option<Kind>,
     process: u32,
     closed: AtomicBool,
+}
+
+/// How much a context keeps besides what it computes.
+#[derive(Debug, Clone, Copy)]
+pub struct Capacity {
+    pub queue_size: usize,
+    pub prompt_cache_bytes: usize,
 }
 
 /// What the handle and the owner thread both see.
@@ -57,24 +79,8 @@ pub struct Shared {
     interrupt: Interrupt,
     /// The requests of a step that takes long; empty during a short one.
     in_long_step: Mutex<Vec<u64>>,
-    waiting: AtomicUsize,
-    running: AtomicUsize,
-    requests: AtomicU64,
-    prompt_tokens: AtomicU64,
-    cached_tokens: AtomicU64,
-    generated_tokens: AtomicU64,
-    steps: AtomicU64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Metrics {
-    pub running: u64,
-    pub waiting: u64,
-    pub requests: u64,
-    pub prompt_tokens: u64,
-    pub cached_tokens: u64,
-    pub generated_tokens: u64,
-    pub steps: u64,
+    meter: Meter,
+    slots: Mutex<Vec<SlotView>>,
 }
 
 impl Context {
@@ -97,16 +103,19 @@ impl Context {
         } else if config.kv_type == KvType::Auto {
             config.kv_type = KvType::F16;
         }
-        let n_seq_max = plan_sequences(&model, &config)?;
+        let Plan { n_seq_max, prompt_cache_bytes } = Plan::new(&model, &config)?;
         let n_threads = threads_of(&config);
         let interrupt = Interrupt::default();
         let weak = Arc::downgrade(&model);
+        let state_kind = Kind::of(&model, &config, n_seq_max);
         let mut runner = LlamaRunner::new(model, &config, n_seq_max, n_threads, interrupt.clone())?;
         if config.warmup {
             runner.warm_up()?;
         }
-        let mut context = Context::with_runner(runner, config.queue_size, interrupt)?;
+        let capacity = Capacity { queue_size: config.queue_size, prompt_cache_bytes };
+        let mut context = Context::with_runner(runner, capacity, interrupt)?;
         context.model = weak;
+        context.state_kind = Some(state_kind);
         context.n_threads = n_threads;
         context.attention = Attention { flash_attn: config.flash_attn, kv_type: config.kv_type };
         Ok(context)
@@ -115,13 +124,14 @@ impl Context {
     /// A context over any runner: the seam for tests, which need no model.
     pub fn with_runner(
         runner: impl Runner + Send + 'static,
-        queue_size: usize,
+        capacity: Capacity,
         interrupt: Interrupt,
     ) -> Result<Context> {
         let limits = runner.limits();
         let shared = Arc::new(Shared::new(interrupt));
         let (sender, receiver) = channel();
-        let scheduler = Scheduler::new(runner, receiver, shared.clone());
+        let cache = PromptCache::new(capacity.prompt_cache_bytes);
+        let scheduler = Scheduler::new(runner, cache, receiver, shared.clone());
         let outbox = shared.outbox.clone();
         let owner = std::thread::Builder::new()
             .name("tabagent-context".into())
@@ -139,7 +149,8 @@ impl Context {
             limits,
             n_threads: 1,
             attention: attention::ALL[0],
-            queue_size,
+            queue_size: capacity.queue_size,
+            state_kind: None,
             process: std::process::id(),
             closed: AtomicBool::new(false),
         })
@@ -251,16 +262,46 @@ impl Context {
     }
 
     pub fn metrics(&self) -> Metrics {
-        let shared = &self.shared;
-        Metrics {
-            running: shared.running.load(Ordering::Relaxed) as u64,
-            waiting: shared.waiting.load(Ordering::Relaxed) as u64,
-            requests: shared.requests.load(Ordering::Relaxed),
-            prompt_tokens: shared.prompt_tokens.load(Ordering::Relaxed),
-            cached_tokens: shared.cached_tokens.load(Ordering::Relaxed),
-            generated_tokens: shared.generated_tokens.load(Ordering::Relaxed),
-            steps: shared.steps.load(Ordering::Relaxed),
+        self.shared.meter.snapshot()
+    }
+
+    /// What each slot is about, after the last step.
+    pub fn slots(&self) -> Vec<SlotView> {
+        lock(&self.shared.slots).clone()
+    }
+
+    /// What was pinned for a request may go like anything else in the prompt cache.
+    pub fn unpin(&self, id: u64) {
+        if !self.is_foreign() {
+            let _ = lock(&self.commands).send(Command::Unpin(id));
         }
+    }
+
+    /// The computed state of the longest beginning of `tokens` that a slot holds.
+    pub fn export_state(&self, tokens: Vec<i32>) -> Result<Option<Vec<u8>>> {
+        let Some(exported) = self.ask(|reply| Command::Export { tokens, reply })? else {
+            return Ok(None);
+        };
+        Ok(self.state_kind.map(|kind| exported.to_bytes(kind)))
+    }
+
+    /// Puts an exported state into the prompt cache; says how many tokens of `tokens` it holds.
+    pub fn import_state(&self, data: &[u8], tokens: &[i32]) -> Result<usize> {
+        self.model()?;
+        let Some(kind) = self.state_kind else { return Ok(0) };
+        let exported = Exported::from_bytes(data, kind)?;
+        let shared = slots::common_prefix(&exported.tokens, tokens);
+        let is_kept = self.ask(|reply| Command::Import { exported, reply })?;
+        Ok(if is_kept { shared } else { 0 })
+    }
+
+    /// A question to the owner thread, answered between two steps.
+    fn ask<T>(&self, question: impl FnOnce(Sender<T>) -> Command) -> Result<T> {
+        self.check_process()?;
+        let (reply, answer) = channel();
+        let _ = lock(&self.commands).send(question(reply));
+        let gone = |_| Error::ModelNotLoaded { what: "the model of this context".into() };
+        answer.recv().map_err(gone)
     }
 
     /// For tests: the next step panics.
@@ -282,23 +323,21 @@ impl Context {
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "nothing", "at least one token"));
         }
-        if prompt.len() >= self.limits.n_ctx {
-            // One more, so that there is room for an answer.
-            return Err(self.too_long(prompt.len() + 1));
-        }
+        let (prompt, dropped) = self.fitted(prompt, &config)?;
         let commands = lock(&self.commands);
         if self.is_closed() {
             return Err(Error::ModelNotLoaded { what: "the model of this context".into() });
         }
-        let waiting = self.shared.waiting.load(Ordering::Relaxed);
+        let meter = &self.shared.meter;
+        let waiting = meter.waiting.load(Ordering::Relaxed) as usize;
         // Those for whom a slot is free will not wait.
-        let free = self.limits.n_slots - self.shared.running.load(Ordering::Relaxed);
+        let free = self.limits.n_slots - meter.running.load(Ordering::Relaxed) as usize;
         if waiting >= self.queue_size + free {
             return Err(Error::QueueFull { waiting });
         }
         self.shared.entered_queue();
-        self.shared.requests.fetch_add(1, Ordering::Relaxed);
-        let request = Request { id, prompt, config, submitted, outbox };
+        add(&self.shared.meter.requests, 1);
+        let request = Request { id, prompt, dropped, config, submitted, outbox };
         commands.send(Command::Add(request)).map_err(|_| {
             self.shared.left_queue();
             let what = "the model of this context (its thread has ended)".into();
@@ -318,12 +357,36 @@ impl Context {
                 let model = self.model()?;
                 // Seen before tokenizing, which takes time in proportion to the text.
                 let fewest = model.vocabulary().fewest_tokens(text.len());
-                if fewest >= self.limits.n_ctx {
+                let longest = match config.overflow {
+                    Overflow::Error => self.limits.n_ctx,
+                    Overflow::Shift => self.limits.n_ctx.saturating_mul(LONGEST_PROMPT),
+                };
+                if fewest >= longest {
                     return Err(self.too_long(fewest + 1));
                 }
                 model.vocabulary().tokenize(&text, config.add_bos, config.special)
             }
         }
+    }
+
+    /// A prompt that leaves room for an answer, and how many tokens had to be dropped for that.
+    fn fitted(&self, mut prompt: Vec<i32>, config: &GenerationConfig) -> Result<(Vec<i32>, usize)> {
+        let Limits { n_ctx, can_shift, .. } = self.limits;
+        if config.overflow == Overflow::Shift && !can_shift {
+            let allowed = "`error` with this model, whose memory cannot be shifted";
+            return Err(Error::invalid("overflow", "shift", allowed));
+        }
+        if prompt.len() < n_ctx {
+            return Ok((prompt, 0));
+        }
+        if config.overflow == Overflow::Error {
+            return Err(self.too_long(prompt.len() + 1)); // one more for an answer
+        }
+        // As if it had been shifted just before its last token.
+        let keep = config.kept_tokens(prompt.len(), n_ctx);
+        let dropped = prompt.len() + dropped_at_once(n_ctx, keep) - n_ctx;
+        prompt.drain(keep..keep + dropped);
+        Ok((prompt, dropped))
     }
 
     fn too_long(&self, required: usize) -> Error {
@@ -374,13 +437,8 @@ impl Shared {
             outbox: Arc::default(),
             interrupt,
             in_long_step: Mutex::default(),
-            waiting: AtomicUsize::new(0),
-            running: AtomicUsize::new(0),
-            requests: AtomicU64::new(0),
-            prompt_tokens: AtomicU64::new(0),
-            cached_tokens: AtomicU64::new(0),
-            generated_tokens: AtomicU64::new(0),
-            steps: AtomicU64::new(0),
+            meter: Meter::default(),
+            slots: Mutex::default(),
         }
     }
 
@@ -398,24 +456,16 @@ impl Shared {
     }
 
     fn entered_queue(&self) {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
+        self.meter.waiting.fetch_add(1, Ordering::Relaxed);
     }
 
     fn left_queue(&self) {
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.meter.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn count_prompt(&self, tokens: usize, cached: usize) {
-        self.prompt_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
-        self.cached_tokens.fetch_add(cached as u64, Ordering::Relaxed);
-    }
-
-    fn count_generated(&self) {
-        self.generated_tokens.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn count_step(&self) {
-        self.steps.fetch_add(1, Ordering::Relaxed);
+        add(&self.meter.prompt_tokens, tokens as u64);
+        add(&self.meter.cached_tokens, cached as u64);
     }
 }
 
@@ -433,28 +483,6 @@ fn threads_of(config: &ContextConfig) -> u32 {
     match config.n_threads {
         0 => cpu::default_threads() as u32,
         n => n.min(std::thread::available_parallelism().map_or(1, usize::from) as u32),
-    }
-}
-
-/// How many sequences the context gets; refuses what does not fit into memory.
-fn plan_sequences(model: &Model, config: &ContextConfig) -> Result<u32> {
-    let per_token = model.description().kv_values_per_token;
-    let n_ctx = u64::from(config.n_ctx.next_multiple_of(N_CTX_STEP));
-    let one = config.kv_type.bytes(per_token) * n_ctx;
-    let free = memory::available_bytes();
-    let most = MOST_SEQUENCES.min(u64::from(config.n_batch));
-    let wanted = match (config.n_seq_max, free) {
-        (0, Some(free)) => (free / SHARE_OF_FREE_MEMORY / one.max(1)).clamp(1, most),
-        (0, None) => 1,
-        (n, _) => u64::from(n),
-    };
-    let needed = one * wanted;
-    match free {
-        Some(free) if needed > free => {
-            let what = format!("a context of {wanted} × {} tokens", config.n_ctx);
-            Err(Error::OutOfMemory { what, needed, free })
-        }
-        _ => Ok(wanted as u32),
     }
 }
 

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use super::budget::Budget;
 use super::pace::Pace;
+use super::pool::{Pool, Turn};
 use crate::config::{ContextConfig, FlashAttention};
 use crate::error::{Error, Result};
 use crate::ffi::{self, ContextParams, ShimContext};
@@ -15,15 +17,28 @@ use crate::model::Model;
 /// Runs batches. The scheduler owns one and calls it from its own thread only.
 pub trait Runner {
     fn limits(&self) -> Limits;
+    /// Called once, on the thread that everything else is called on.
+    fn begin(&mut self) {}
     fn run(&mut self, batch: &[Row]) -> Outcome;
     /// The logits of one row of the last batch that wanted them.
     fn logits(&self, row: usize) -> Result<&[f32]>;
     /// Forgets what a slot holds from a position on. False: it can only forget everything.
     fn forget(&mut self, slot: usize, from: usize) -> bool;
     fn forget_all(&mut self);
-    /// Whether what one slot holds can be copied to another.
+    /// Whether what one slot holds can be copied to another, also while it is being used.
     fn can_copy(&self) -> bool;
     fn copy(&mut self, from: usize, to: usize) -> bool;
+    /// The bytes that `save` would give now.
+    fn state_size(&self, slot: usize) -> usize;
+    fn save(&mut self, slot: usize) -> Option<Vec<u8>>;
+    /// Makes the slot hold what was saved; false leaves it empty.
+    fn restore(&mut self, slot: usize, state: &[u8]) -> bool;
+    /// Forgets `drop` tokens after the first `keep`, and moves the rest up. Only where
+    /// `Limits::can_shift` says so.
+    fn shift(&mut self, slot: usize, keep: usize, drop: usize) -> bool;
+    /// How many prompt tokens the next step should have, beside so many who generate, when so many
+    /// wait to be read.
+    fn prompt_rows(&self, num_generating: usize, num_prompts: usize) -> usize;
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()>;
     fn end_tokens(&self) -> Vec<i32>;
 }
@@ -35,6 +50,8 @@ pub struct Limits {
     /// Rows of one batch.
     pub n_batch: usize,
     pub n_slots: usize,
+    /// Whether a part of what a slot holds can be dropped, and the rest move up.
+    pub can_shift: bool,
 }
 
 /// One token on its way through the model.
@@ -101,10 +118,14 @@ pub struct LlamaRunner {
     limits: Limits,
     end_tokens: Vec<i32>,
     pace: Pace,
+    budget: Budget,
     /// As llama.cpp was told last.
     n_threads: u32,
     may_give_up: bool,
-    // The context points to both; they go after it.
+    /// Whether it computes on the threads that it shares with other contexts.
+    takes_turns: bool,
+    // The context points to these; they go after it.
+    _pool: Option<Arc<Pool>>,
     interrupt: Interrupt,
     model: Arc<Model>,
 }
@@ -125,6 +146,13 @@ impl LlamaRunner {
                 let allowed = format!("small enough for {n_seq_max} sequences");
                 Error::invalid("n_ctx", config.n_ctx, &allowed)
             })?;
+        // What runs on a GPU only needs threads for odds and ends, and nobody should wait for it.
+        let takes_turns = n_threads > 1 && model.gpu_layers() <= model.layer_count();
+        let pool = match n_threads {
+            1 => None,
+            n if takes_turns => Some(Pool::shared(n)?),
+            n => Some(Pool::new(n)?),
+        };
         let params = ContextParams {
             n_ctx: n_ctx_all,
             n_batch: config.n_batch,
@@ -138,8 +166,7 @@ impl LlamaRunner {
                 FlashAttention::On => 1,
             },
             kv_type: config.kv_type.ggml_type(),
-            // Long enough to be awake for the next step, short enough to leave the core to Python.
-            poll: 1,
+            pool: pool.as_ref().map_or(std::ptr::null_mut(), |pool| pool.as_ptr()),
             kv_unified: false,
             offload_kqv: config.offload_kqv,
             abort: Some(wants_an_end),
@@ -164,6 +191,7 @@ impl LlamaRunner {
                 n_ctx: (ffi::ta_context_n_ctx_seq(context) as usize).min(config.n_ctx as usize),
                 n_batch: ffi::ta_context_n_batch(context) as usize,
                 n_slots: ffi::ta_context_n_seq_max(context) as usize,
+                can_shift: ffi::ta_can_shift(context),
             }
         };
         let end_tokens = model.vocabulary().end_tokens();
@@ -172,9 +200,12 @@ impl LlamaRunner {
             limits,
             end_tokens,
             pace: Pace::new(n_threads),
+            budget: Budget::new(limits.n_batch),
             n_threads,
             // After an interruption a part of each sequence is forgotten, which this kind cannot.
             may_give_up: !model.description().is_recurrent,
+            takes_turns,
+            _pool: pool,
             interrupt,
             model,
         })
@@ -186,7 +217,9 @@ impl LlamaRunner {
         let most = self.n_threads;
         let row = [Row { token: 0, position: 0, slot: 0, wants_logits: true }];
         for threads in [1, 1, most] {
+            let turn = self.takes_turns.then(Turn::take);
             let outcome = self.run_on(threads, &row);
+            drop(turn);
             self.forget_all();
             match outcome {
                 Outcome::Done | Outcome::Aborted => {}
@@ -212,7 +245,11 @@ impl LlamaRunner {
         let outcome = log::unless_expected(|| self.decode(batch), is_news);
         let now = Instant::now();
         match outcome {
-            Outcome::Done => self.pace.took(batch.len(), threads, now - begun, now),
+            Outcome::Done => {
+                self.pace.took(batch.len(), threads, now - begun, now);
+                let num_generating = count_generating(batch);
+                self.budget.took(num_generating, batch.len() - num_generating, now - begun);
+            }
             Outcome::Aborted if !self.interrupt.is_set() => self.pace.gave_up(now),
             _ => {}
         }
@@ -244,7 +281,13 @@ impl Runner for LlamaRunner {
         self.limits
     }
 
+    fn begin(&mut self) {
+        // SAFETY: it changes nothing but the kernel's idea of this thread.
+        unsafe { ffi::ta_thread_computes(true) }
+    }
+
     fn run(&mut self, batch: &[Row]) -> Outcome {
+        let _turn = self.takes_turns.then(Turn::take);
         let threads = self.pace.threads(Instant::now());
         self.run_on(threads, batch)
     }
@@ -274,9 +317,49 @@ impl Runner for LlamaRunner {
         !self.model.description().is_recurrent
     }
 
+    /// Through main memory: llama.cpp's own copy between streams moves all cells, also the empty ones,
+    /// and only with the next decode.
     fn copy(&mut self, from: usize, to: usize) -> bool {
-        // SAFETY: two of the context's own sequences.
-        unsafe { ffi::ta_sequence_copy(self.context, from as i32, to as i32) }
+        self.save(from).is_some_and(|state| self.restore(to, &state))
+    }
+
+    fn state_size(&self, slot: usize) -> usize {
+        // SAFETY: one of the context's own sequences.
+        unsafe { ffi::ta_sequence_state_size(self.context, slot as i32) }
+    }
+
+    fn save(&mut self, slot: usize) -> Option<Vec<u8>> {
+        let mut state = vec![0; self.state_size(slot)];
+        // SAFETY: one of the context's own sequences, and a place as large as was asked for.
+        let written = unsafe {
+            let (place, size) = (state.as_mut_ptr(), state.len());
+            ffi::ta_sequence_state_get(self.context, slot as i32, place, size)
+        };
+        (written > 0 && written == state.len()).then_some(state)
+    }
+
+    fn restore(&mut self, slot: usize, state: &[u8]) -> bool {
+        // SAFETY: one of the context's own sequences, and bytes that `save` wrote.
+        let read = unsafe {
+            ffi::ta_sequence_state_set(self.context, slot as i32, state.as_ptr(), state.len())
+        };
+        if read == 0 {
+            self.forget(slot, 0);
+        }
+        read > 0
+    }
+
+    fn shift(&mut self, slot: usize, keep: usize, drop: usize) -> bool {
+        // SAFETY: one of the context's own sequences; the shim asks whether it can.
+        unsafe { ffi::ta_sequence_shift(self.context, slot as i32, keep as i32, drop as i32) }
+    }
+
+    fn prompt_rows(&self, num_generating: usize, num_prompts: usize) -> usize {
+        // Another context that waits for its turn is a neighbour like any other.
+        match num_generating.max(usize::from(self.takes_turns && Turn::is_contended())) {
+            0 => self.limits.n_batch,
+            n => self.budget.rows(n, num_prompts),
+        }
     }
 
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
@@ -294,6 +377,11 @@ impl Drop for LlamaRunner {
         // SAFETY: nobody else has it.
         unsafe { ffi::ta_context_free(self.context) }
     }
+}
+
+/// Rows that are all of their slot in the batch; it is sorted by slots.
+fn count_generating(batch: &[Row]) -> usize {
+    batch.chunk_by(|a, b| a.slot == b.slot).filter(|rows| rows.len() == 1).count()
 }
 
 unsafe extern "C" fn wants_an_end(interrupt: *mut c_void) -> bool {

@@ -3,46 +3,55 @@
 //! The scheduler owns the only thread that talks to llama.cpp. It never waits for Python: commands
 //! come in through one channel, events leave through another, one list per step.
 
-use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
 use super::Shared;
-use super::message::{Command, Event, Outbox};
+use super::message::{Command, Event, Exported, Outbox};
+use super::metrics::add;
+use super::prompt_cache::PromptCache;
+use super::queue::Queue;
 use super::runner::{Limits, Outcome, Row, Runner};
 use super::sequence::{Ending, Sequence};
-use super::slots::{Slots, common_prefix};
+use super::slots::Slots;
 use crate::error::Error;
 use crate::log;
 
 /// Steps with at least this many prompt tokens take long enough to be worth interrupting.
 const LONG_STEP: usize = 32;
 
-/// A copy between slots costs about as much as computing so many tokens.
-const WORTH_COPYING: usize = 32;
+/// Prompts that are soon read go first; in one of so many steps the one that came first does.
+const OLDEST_FIRST: u64 = 4;
 
 pub struct Scheduler<R: Runner> {
-    runner: R,
-    limits: Limits,
+    pub(super) runner: R,
+    pub(super) limits: Limits,
     end_tokens: Vec<i32>,
     commands: Receiver<Command>,
-    shared: Arc<Shared>,
-    /// One queue for each priority, highest first.
-    waiting: [VecDeque<Sequence>; 3],
-    running: Vec<Sequence>,
-    slots: Slots,
+    pub(super) shared: Arc<Shared>,
+    pub(super) waiting: Queue,
+    /// In the order of their admission.
+    pub(super) running: Vec<Sequence>,
+    pub(super) slots: Slots,
+    pub(super) cache: PromptCache,
     batch: Vec<Row>,
     events: Vec<(Arc<Outbox>, Event)>,
     /// The memory was too small for everyone: nobody is admitted until somebody has ended.
-    is_crowded: bool,
+    pub(super) is_crowded: bool,
+    pub(super) steps_with_gap: u32,
+    num_steps: u64,
     panics: bool,
 }
 
 impl<R: Runner> Scheduler<R> {
-    pub fn new(runner: R, commands: Receiver<Command>, shared: Arc<Shared>) -> Scheduler<R> {
+    pub fn new(
+        runner: R,
+        cache: PromptCache,
+        commands: Receiver<Command>,
+        shared: Arc<Shared>,
+    ) -> Scheduler<R> {
         let limits = runner.limits();
         Scheduler {
             end_tokens: runner.end_tokens(),
@@ -53,9 +62,12 @@ impl<R: Runner> Scheduler<R> {
             waiting: Default::default(),
             running: Vec::new(),
             slots: Slots::new(limits.n_slots),
+            cache,
             batch: Vec::with_capacity(limits.n_batch),
             events: Vec::new(),
             is_crowded: false,
+            steps_with_gap: 0,
+            num_steps: 0,
             panics: false,
         }
     }
@@ -69,6 +81,7 @@ impl<R: Runner> Scheduler<R> {
     }
 
     fn live(&mut self) {
+        self.runner.begin();
         while self.hear() {
             if catch_unwind(AssertUnwindSafe(|| self.step())).is_err() {
                 self.recover();
@@ -79,7 +92,7 @@ impl<R: Runner> Scheduler<R> {
 
     /// Takes what has been asked; sleeps only when there is nothing to do. False means: close.
     fn hear(&mut self) -> bool {
-        let is_idle = self.running.is_empty() && self.waiting.iter().all(VecDeque::is_empty);
+        let is_idle = self.running.is_empty() && self.waiting.is_empty();
         let mut first = if is_idle { self.commands.recv().ok() } else { None };
         if is_idle && first.is_none() {
             return false;
@@ -87,10 +100,17 @@ impl<R: Runner> Scheduler<R> {
         loop {
             match first.take().map_or_else(|| self.commands.try_recv(), Ok) {
                 Ok(Command::Add(request)) => {
-                    let sequence = Sequence::new(request, self.limits.n_ctx);
-                    self.waiting[sequence.priority as usize].push_back(sequence);
+                    self.waiting.push(Sequence::new(request, self.limits.n_ctx));
                 }
                 Ok(Command::Abort(id)) => self.abort(id),
+                Ok(Command::Unpin(id)) => self.cache.unpin(id),
+                Ok(Command::Export { tokens, reply }) => {
+                    let _ = reply.send(self.export(&tokens));
+                }
+                Ok(Command::Import { exported, reply }) => {
+                    let Exported { tokens, state } = exported;
+                    let _ = reply.send(self.cache.insert(tokens, state, None));
+                }
                 Ok(Command::Panic) => self.panics = true,
                 Ok(Command::Close) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
@@ -101,6 +121,7 @@ impl<R: Runner> Scheduler<R> {
     fn step(&mut self) {
         self.end_overdue();
         self.admit();
+        self.close_gap();
         self.choose();
         if self.batch.is_empty() {
             return;
@@ -119,16 +140,10 @@ impl<R: Runner> Scheduler<R> {
     }
 
     fn abort(&mut self, id: u64) {
-        for queue in &mut self.waiting {
-            if let Some(at) = queue.iter().position(|sequence| sequence.id == id) {
-                if let Some(sequence) = queue.remove(at) {
-                    self.shared.left_queue();
-                    self.end(sequence, Ending::Cancelled);
-                }
-                return;
-            }
-        }
-        if let Some(at) = self.running.iter().position(|sequence| sequence.id == id) {
+        if let Some(sequence) = self.waiting.remove(id) {
+            self.shared.left_queue();
+            self.end(sequence, Ending::Cancelled);
+        } else if let Some(at) = self.running.iter().position(|sequence| sequence.id == id) {
             let sequence = self.running.remove(at);
             self.end(sequence, Ending::Cancelled);
         }
@@ -136,89 +151,36 @@ impl<R: Runner> Scheduler<R> {
 
     fn end_overdue(&mut self) {
         let now = Instant::now();
-        for queue in &mut self.waiting {
-            let (overdue, kept): (VecDeque<_>, _) =
-                std::mem::take(queue).into_iter().partition(|sequence| sequence.is_overdue(now));
-            *queue = kept;
-            for mut sequence in overdue {
-                self.shared.left_queue();
-                let error = sequence.timeout_error();
-                let event = sequence.end(Ending::Failed(error), now);
-                self.events.push((sequence.outbox().clone(), event));
-            }
-        }
-        while let Some(at) = self.running.iter().position(|sequence| sequence.is_overdue(now)) {
-            let sequence = self.running.remove(at);
-            let error = sequence.timeout_error();
+        let mut overdue = self.waiting.remove_overdue(now);
+        overdue.iter().for_each(|_| self.shared.left_queue());
+        overdue.extend(self.running.extract_if(.., |sequence| sequence.is_overdue(now)));
+        for sequence in overdue {
+            let error = sequence.timeout_error(now);
             self.end(sequence, Ending::Failed(error));
         }
-    }
-
-    /// From the queues into free slots, higher priorities first.
-    fn admit(&mut self) {
-        if self.is_crowded && !self.running.is_empty() {
-            return;
-        }
-        self.is_crowded = false;
-        let now = Instant::now();
-        while let Some(queue) = self.waiting.iter_mut().find(|queue| !queue.is_empty()) {
-            let first = queue.front().expect("it is not empty");
-            if first.wants_nothing() {
-                let sequence = queue.pop_front().expect("just looked at it");
-                self.shared.left_queue();
-                self.end(sequence, Ending::Length);
-                continue;
-            }
-            if self.runner.can_copy() && is_under_way(&first.tokens, &self.running, &self.slots) {
-                return;
-            }
-            let Some((slot, cached)) = self.slots.try_reserve(&first.tokens) else { return };
-            let mut sequence = queue.pop_front().expect("just looked at it");
-            self.shared.left_queue();
-            sequence.start(slot, cached, now);
-            self.running.push(sequence); // before the runner is called: a panic there must find it
-            let cached = self.prepare(slot, cached);
-            let sequence = self.running.last_mut().expect("just pushed");
-            sequence.start(slot, cached, now);
-            self.shared.count_prompt(sequence.tokens.len(), cached);
-        }
-    }
-
-    /// Makes the slot hold as much of the youngest request's beginning as any slot does, and nothing
-    /// else; says how much that is.
-    fn prepare(&mut self, slot: usize, cached: usize) -> usize {
-        let tokens = &self.running.last().expect("just pushed").tokens;
-        let mut kept = cached;
-        if self.runner.can_copy()
-            && let Some((source, shared)) = self.slots.find_shared(tokens, cached + WORTH_COPYING)
-        {
-            kept = if self.runner.copy(source, slot) { shared } else { 0 };
-        }
-        if !self.runner.forget(slot, kept) {
-            self.runner.forget(slot, 0); // this kind of memory keeps a sequence whole or not at all
-            kept = 0;
-        }
-        let held = self.running.last().expect("just pushed").tokens[..kept].to_vec();
-        self.slots.hold(slot, &held);
-        kept
     }
 
     /// One token for everyone who is generating, then prompt chunks up to the step's budget.
     fn choose(&mut self) {
         self.batch.clear();
-        let (ready, prompts): (Vec<_>, Vec<_>) =
+        let (ready, mut prompts): (Vec<_>, Vec<_>) =
             self.running.iter().partition(|sequence| sequence.remaining() == 1);
-        for sequence in ready.into_iter().chain(prompts) {
-            let room = self.limits.n_batch - self.batch.len();
-            let end = sequence.tokens.len().min(sequence.computed + room);
-            let slot = sequence.slot.expect("running sequences have slots");
-            let rows = (sequence.computed..end).map(|position| Row {
-                token: sequence.tokens[position],
-                position,
-                slot,
-                wants_logits: position + 1 == sequence.tokens.len(),
-            });
-            self.batch.extend(rows);
+        for sequence in &ready {
+            self.batch.push(row(sequence, sequence.computed));
+        }
+        if !self.num_steps.is_multiple_of(OLDEST_FIRST) {
+            prompts.sort_by_key(|sequence| (sequence.priority, sequence.remaining()));
+        }
+        for (index, sequence) in prompts.iter().enumerate() {
+            // Who gets a first token in this step should not wait long for the others either.
+            let advised = self.runner.prompt_rows(ready.len() + index, prompts.len() - index);
+            let room = advised.min(self.limits.n_batch - self.batch.len());
+            let count = sequence.remaining().min(room);
+            let rows = sequence.computed..sequence.computed + count;
+            self.batch.extend(rows.map(|position| row(sequence, position)));
+            if count < sequence.remaining() {
+                break; // a piece each would cost a pass over the weights each
+            }
         }
         // Only sequences in ascending order are computed together; others cost a pass each.
         self.batch.sort_by_key(|row| row.slot);
@@ -236,37 +198,63 @@ impl<R: Runner> Scheduler<R> {
     fn advance(&mut self) {
         let now = Instant::now();
         let mut ended = Vec::new();
-        for (index, sequence) in self.running.iter_mut().enumerate() {
+        for index in 0..self.running.len() {
+            let sequence = &mut self.running[index];
             let slot = sequence.slot.expect("running sequences have slots");
-            let mut rows = self.batch.iter().enumerate().filter(|(_, row)| row.slot == slot);
-            let computed = rows.clone().count();
-            sequence.computed += computed;
-            let Some((row, _)) = rows.find(|(_, row)| row.wants_logits) else { continue };
+            let first = self.batch.partition_point(|row| row.slot < slot);
+            let rows = self.batch[first..].iter().take_while(|row| row.slot == slot).count();
+            sequence.computed += rows;
+            if rows == 0 || sequence.remaining() > 0 {
+                continue;
+            }
             if sequence.num_generated() == 0 {
                 self.slots.hold(slot, &sequence.tokens); // others may begin with the same prompt
             }
-            let logits = match self.runner.logits(row) {
-                Ok(logits) => logits,
-                Err(error) => {
-                    ended.push((index, Ending::Failed(error)));
-                    continue;
-                }
+            let ending = match sequence.is_pin {
+                true => Some(self.pin(index)),
+                false => self.generate(index, first + rows - 1, now),
             };
-            let piece = |token, out: &mut Vec<u8>| self.runner.piece(token, out);
-            match sequence.advance(logits, &self.end_tokens, piece, now) {
-                Some(ending) => ended.push((index, ending)),
-                None => {
-                    let news = sequence.take_news();
-                    self.events.extend(news.map(|event| (sequence.outbox().clone(), event)));
-                }
-            }
-            self.shared.count_generated();
+            ended.extend(ending.map(|ending| (index, ending)));
         }
-        self.shared.count_step();
+        self.note_step();
         for (index, ending) in ended.into_iter().rev() {
             let sequence = self.running.remove(index);
             self.end(sequence, ending);
         }
+        self.shift_full();
+    }
+
+    /// The next token of a request, from a row of the batch.
+    fn generate(&mut self, index: usize, row: usize, now: Instant) -> Option<Ending> {
+        let sequence = &mut self.running[index];
+        let logits = match self.runner.logits(row) {
+            Ok(logits) => logits,
+            Err(error) => return Some(Ending::Failed(error)),
+        };
+        let piece = |token, out: &mut Vec<u8>| self.runner.piece(token, out);
+        let ending = sequence.advance(logits, &self.end_tokens, piece, now);
+        add(&self.shared.meter.generated_tokens, 1);
+        if let Some(gap) = sequence.last_gap() {
+            self.shared.meter.note_gap(gap);
+        }
+        if ending.is_none() {
+            let news = sequence.take_news();
+            self.events.extend(news.map(|event| (sequence.outbox().clone(), event)));
+        }
+        ending
+    }
+
+    fn note_step(&mut self) {
+        self.num_steps += 1;
+        add(&self.shared.meter.steps, 1);
+        add(&self.shared.meter.busy_slots, self.running.len() as u64);
+    }
+
+    /// The state of a slot that holds the longest beginning of these tokens.
+    fn export(&mut self, tokens: &[i32]) -> Option<Exported> {
+        let (slot, _) = self.slots.find_exportable(tokens, self.runner.can_copy())?;
+        let state = self.runner.save(slot)?;
+        Some(Exported { tokens: self.slots.tokens(slot).to_vec(), state })
     }
 
     /// An interrupted decode may have computed a part: every sequence of the batch goes back to
@@ -282,34 +270,6 @@ impl<R: Runner> Scheduler<R> {
                 sequence.computed = 0;
             }
         }
-    }
-
-    /// First what only might be useful again goes, then the youngest request waits once more.
-    fn make_room(&mut self) {
-        let idle = self.slots.forget_idle();
-        if !idle.is_empty() {
-            for slot in idle {
-                self.runner.forget(slot, 0);
-            }
-            return;
-        }
-        let is_alone = self.running.len() == 1;
-        let Some(slot) = self.running.last().and_then(|youngest| youngest.slot) else { return };
-        if !is_alone {
-            self.runner.forget(slot, 0);
-        }
-        let Some(mut youngest) = self.running.pop() else { return };
-        if is_alone {
-            let required = youngest.tokens.len() as u64;
-            let error = Error::ContextLimitExceeded { max: self.limits.n_ctx as u32, required };
-            self.end(youngest, Ending::Failed(error));
-            return;
-        }
-        self.slots.release(slot, &[]);
-        youngest.stop();
-        self.is_crowded = true;
-        self.shared.entered_queue();
-        self.waiting[youngest.priority as usize].push_front(youngest);
     }
 
     /// llama.cpp could not compute the batch; what lies in its memory is not to be trusted.
@@ -330,19 +290,21 @@ impl<R: Runner> Scheduler<R> {
     }
 
     /// The one place where a sequence ends: its slot is free before its last event leaves.
-    fn end(&mut self, mut sequence: Sequence, ending: Ending) {
+    pub(super) fn end(&mut self, mut sequence: Sequence, ending: Ending) {
         if let Some(slot) = sequence.slot {
             self.is_crowded = false;
-            let computed = sequence.computed.min(sequence.tokens.len());
-            self.slots.release(slot, &sequence.tokens[..computed]);
+            self.slots.release(slot, sequence.reusable());
         }
         let event = sequence.end(ending, Instant::now());
+        if let Some(end) = &event.end {
+            self.shared.meter.note_end(end.reason, &end.stats);
+        }
         self.events.push((sequence.outbox().clone(), event));
     }
 
     /// One wake-up of each reader for all events of the step.
     fn tell(&mut self) {
-        self.shared.running.store(self.running.len(), Ordering::Relaxed);
+        self.note_load();
         let own = &self.shared.outbox;
         let (common, alone): (Vec<_>, Vec<_>) =
             self.events.drain(..).partition(|(outbox, _)| Arc::ptr_eq(outbox, own));
@@ -359,11 +321,10 @@ impl<R: Runner> Scheduler<R> {
         let error = Error::ModelNotLoaded { what: "the model (it was unloaded meanwhile)".into() };
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Add(request) = command {
-                let sequence = Sequence::new(request, self.limits.n_ctx);
-                self.waiting[sequence.priority as usize].push_back(sequence);
+                self.waiting.push(Sequence::new(request, self.limits.n_ctx));
             }
         }
-        let waiting = self.waiting.iter_mut().flat_map(std::mem::take).collect::<Vec<_>>();
+        let waiting = self.waiting.drain();
         waiting.iter().for_each(|_| self.shared.left_queue());
         for sequence in std::mem::take(&mut self.running).into_iter().chain(waiting) {
             self.end(sequence, Ending::Failed(error.clone()));
@@ -372,11 +333,11 @@ impl<R: Runner> Scheduler<R> {
     }
 }
 
-/// Whether somebody is just computing much of what this prompt begins with: then it is cheaper to
-/// wait and share it.
-fn is_under_way(prompt: &[i32], running: &[Sequence], slots: &Slots) -> bool {
-    let prefills = running.iter().filter(|sequence| sequence.num_generated() == 0);
-    let promised = prefills.map(|sequence| common_prefix(&sequence.tokens, prompt)).max();
-    let promised = promised.unwrap_or(0).min(prompt.len() - 1);
-    promised > WORTH_COPYING && slots.find_shared(prompt, promised - WORTH_COPYING).is_none()
+fn row(sequence: &Sequence, position: usize) -> Row {
+    Row {
+        token: sequence.tokens[position],
+        position,
+        slot: sequence.slot.expect("running sequences have slots"),
+        wants_logits: position + 1 == sequence.tokens.len(),
+    }
 }

@@ -1,27 +1,40 @@
 //! One request on its way: tokens, stop rules, bytes becoming text.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::message::{End, Event, FinishReason, Outbox, Request, Stats};
+use super::metrics::SlotView;
 use super::sampler::Sampler;
 use super::text::TextStream;
-use crate::config::Priority;
+use crate::config::{Overflow, Priority};
 use crate::error::Error;
 
 /// The tokens of one request, in three parts:
 ///
-///     [0, cached)          found in the slot, computed for an earlier request
+///     [0, cached)          found in a slot or the prompt cache, computed for an earlier request
 ///     [cached, computed)   computed for this one
 ///     [computed, len)      waiting: the rest of the prompt, or the token sampled last
+///
+/// When the context is full, `overflow` says whether that is the end, or whether a part after the
+/// first `keep` tokens is dropped and the rest moves up.
 pub struct Sequence {
     pub id: u64,
     pub tokens: Vec<i32>,
     pub computed: usize,
     pub slot: Option<usize>,
     pub priority: Priority,
+    /// It got its slot because it had waited for so long; nobody else may take it now.
+    pub keeps_its_slot: bool,
+    /// Nothing is generated; the prompt is computed and stays in the prompt cache.
+    pub is_pin: bool,
     num_prompt: usize,
+    num_generated: usize,
     cached: usize,
+    dropped: usize,
+    keep: usize,
+    shifts: bool,
+    is_shifted: bool,
     max_tokens: usize,
     min_tokens: usize,
     ignores_end: bool,
@@ -30,6 +43,7 @@ pub struct Sequence {
     text: TextStream,
     news: Event,
     deadline: Option<Instant>,
+    start_by: Option<Instant>,
     times: Times,
     outbox: Arc<Outbox>,
 }
@@ -38,29 +52,41 @@ struct Times {
     submitted: Instant,
     started: Option<Instant>,
     first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    /// Seconds between one token and the next.
+    gaps: Vec<f32>,
 }
 
 impl Sequence {
     pub fn new(request: Request, n_ctx: usize) -> Sequence {
-        let Request { id, prompt, mut config, submitted, outbox } = request;
+        let Request { id, prompt, dropped, mut config, submitted, outbox } = request;
         let stops = std::mem::take(&mut config.stop);
+        let after = |time: Option<Duration>| time.and_then(|time| submitted.checked_add(time));
         Sequence {
             id,
-            num_prompt: prompt.len(),
+            num_prompt: prompt.len() + dropped,
+            num_generated: 0,
             computed: 0,
             cached: 0,
+            dropped,
+            keep: config.kept_tokens(prompt.len(), n_ctx),
+            shifts: config.overflow == Overflow::Shift,
+            is_shifted: false,
             slot: None,
             priority: config.priority,
+            keeps_its_slot: false,
+            is_pin: config.pin,
             max_tokens: usize::try_from(config.max_tokens).unwrap_or(usize::MAX),
             min_tokens: config.min_tokens as usize,
             ignores_end: config.ignore_eos,
-            deadline: config.timeout.and_then(|timeout| submitted.checked_add(timeout)),
+            deadline: after(config.timeout),
+            start_by: after(config.max_queue_wait),
             sampler: Sampler::new(config, &prompt, n_ctx),
             tokens: prompt,
             n_ctx,
             text: TextStream::new(stops),
             news: Event { id, ..Event::default() },
-            times: Times { submitted, started: None, first_token: None },
+            times: Times::new(submitted),
             outbox,
         }
     }
@@ -84,24 +110,54 @@ impl Sequence {
     }
 
     pub fn num_generated(&self) -> usize {
-        self.tokens.len() - self.num_prompt
+        self.num_generated
     }
 
     pub fn is_overdue(&self, now: Instant) -> bool {
-        self.deadline.is_some_and(|deadline| now >= deadline)
+        let waits = self.times.started.is_none();
+        let is_over = |time: Option<Instant>| time.is_some_and(|time| now >= time);
+        is_over(self.deadline) || (waits && is_over(self.start_by))
     }
 
-    pub fn timeout_error(&self) -> Error {
-        let allowed = self.deadline.map(|deadline| deadline - self.times.submitted);
-        Error::GenerationTimeout {
-            seconds: allowed.unwrap_or_default().as_secs_f64(),
-            generated: self.num_generated() as u64,
+    /// What to say to one that is overdue.
+    pub fn timeout_error(&self, now: Instant) -> Error {
+        let seconds = |end: Instant| (end - self.times.submitted).as_secs_f64();
+        match (self.deadline, self.start_by) {
+            (Some(deadline), _) if now >= deadline => Error::GenerationTimeout {
+                seconds: seconds(deadline),
+                generated: self.num_generated as u64,
+            },
+            (_, start_by) => Error::QueueTimeout { seconds: start_by.map_or(0.0, seconds) },
         }
     }
 
     /// Nothing was asked for, so nothing needs to be computed.
     pub fn wants_nothing(&self) -> bool {
-        self.max_tokens == 0
+        self.max_tokens == 0 && !self.is_pin
+    }
+
+    /// The computed tokens that would be computed the same way for another request: all of them,
+    /// until a part was dropped before the rest.
+    pub fn reusable(&self) -> &[i32] {
+        let computed = self.computed.min(self.tokens.len());
+        &self.tokens[..if self.is_shifted { computed.min(self.keep) } else { computed }]
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.tokens.len() >= self.n_ctx
+    }
+
+    /// How many tokens stay at the beginning and how many after them are dropped to make room;
+    /// none where that was not asked for.
+    pub fn next_shift(&self) -> Option<(usize, usize)> {
+        (self.shifts && self.is_full()).then(|| (self.keep, dropped_at_once(self.n_ctx, self.keep)))
+    }
+
+    pub fn shift(&mut self, keep: usize, drop: usize) {
+        self.tokens.drain(keep..keep + drop);
+        self.computed -= drop;
+        self.dropped += drop;
+        self.is_shifted = true;
     }
 
     /// Takes the next token from the logits. `Some` says that it was the last step.
@@ -118,11 +174,12 @@ impl Sequence {
             Ok(token) => token,
             Err(error) => return Some(Ending::Failed(error)),
         };
-        self.times.first_token.get_or_insert(now);
+        self.times.note_token(now);
         if end_tokens.contains(&token) {
             return Some(Ending::Stop(None));
         }
         self.tokens.push(token);
+        self.num_generated += 1;
         self.news.tokens.push(token);
         let mut bytes = Vec::with_capacity(16);
         if let Err(error) = piece(token, &mut bytes) {
@@ -133,8 +190,13 @@ impl Sequence {
         if stop.is_some() {
             return Some(Ending::Stop(stop));
         }
-        let is_full = self.tokens.len() >= self.n_ctx;
-        (self.num_generated() >= self.max_tokens || is_full).then_some(Ending::Length)
+        let is_at_the_end = self.is_full() && !self.shifts;
+        (self.num_generated >= self.max_tokens || is_at_the_end).then_some(Ending::Length)
+    }
+
+    /// The time between the last token and the one before.
+    pub fn last_gap(&self) -> Option<Duration> {
+        self.times.gaps.last().map(|gap| Duration::from_secs_f32(*gap))
     }
 
     /// What is new since the last time, if anything is.
@@ -163,18 +225,30 @@ impl Sequence {
         event
     }
 
+    pub fn view(&self) -> SlotView {
+        SlotView {
+            request: Some(self.id),
+            held_tokens: self.computed,
+            prompt_tokens: self.num_prompt,
+            cached_tokens: self.cached,
+            generated_tokens: self.num_generated,
+        }
+    }
+
     pub fn outbox(&self) -> &Arc<Outbox> {
         &self.outbox
     }
 
     fn stats(&self, now: Instant) -> Stats {
-        let Times { submitted, started, first_token } = self.times;
+        let Times { submitted, started, first_token, .. } = self.times;
         let until = |instant: Option<Instant>| ms(instant.unwrap_or(now) - submitted);
         let since = |instant: Option<Instant>| instant.map_or(0.0, |instant| ms(now - instant));
+        let [gap_p50_ms, gap_p99_ms] = self.times.gap_percentiles([0.5, 0.99]);
         Stats {
             prompt_tokens: self.num_prompt,
             cached_tokens: self.cached,
-            generated_tokens: self.num_generated(),
+            dropped_tokens: self.dropped,
+            generated_tokens: self.num_generated,
             n_ctx: self.n_ctx,
             seed: self.sampler.seed(),
             queue_ms: until(started),
@@ -182,8 +256,37 @@ impl Sequence {
             first_token_ms: until(first_token),
             decode_ms: since(first_token),
             total_ms: ms(now - submitted),
+            gap_p50_ms,
+            gap_p99_ms,
         }
     }
+}
+
+impl Times {
+    fn new(submitted: Instant) -> Times {
+        Times { submitted, started: None, first_token: None, last_token: None, gaps: Vec::new() }
+    }
+
+    fn note_token(&mut self, now: Instant) {
+        self.first_token.get_or_insert(now);
+        if let Some(last) = self.last_token.replace(now) {
+            self.gaps.push((now - last).as_secs_f32());
+        }
+    }
+
+    fn gap_percentiles<const N: usize>(&self, shares: [f64; N]) -> [f64; N] {
+        let mut gaps = self.gaps.clone();
+        gaps.sort_unstable_by(f32::total_cmp);
+        shares.map(|share| {
+            let at = (gaps.len() as f64 * share) as usize;
+            gaps.get(at.min(gaps.len().saturating_sub(1))).map_or(0.0, |gap| f64::from(*gap) * 1e3)
+        })
+    }
+}
+
+/// A shift drops half of what comes after the tokens that are kept.
+pub fn dropped_at_once(n_ctx: usize, keep: usize) -> usize {
+    ((n_ctx - keep) / 2).max(1)
 }
 
 pub enum Ending {
@@ -193,6 +296,6 @@ pub enum Ending {
     Failed(Error),
 }
 
-fn ms(duration: std::time::Duration) -> f64 {
+fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }

@@ -2,7 +2,8 @@
 
 use std::cmp::Reverse;
 
-/// A slot is one llama.cpp sequence id, and the tokens whose keys and values lie in it.
+/// A slot is one llama.cpp sequence id, and the tokens whose keys and values lie in it. There may be
+/// more behind them, which nobody knows and the next user removes.
 ///
 /// What a finished request left behind stays, so that the next one with the same beginning
 /// (a conversation's next turn) computes only what is new.
@@ -39,7 +40,8 @@ impl Slots {
 
     /// The free slot that shares the longest beginning with `prompt`, and how long that is.
     ///
-    /// The last prompt token never counts: llama.cpp gives logits only for what it decodes.
+    /// The last prompt token never counts: llama.cpp gives logits only for what it decodes. What the
+    /// slot holds beyond the beginning is still there, until `hold` says otherwise.
     pub fn try_reserve(&mut self, prompt: &[i32]) -> Option<(usize, usize)> {
         let usable = &prompt[..prompt.len().saturating_sub(1)];
         let free = self.slots.iter().enumerate().filter(|(_, slot)| !slot.busy);
@@ -51,10 +53,34 @@ impl Slots {
             let worth = if *cached * 2 >= slot.tokens.len() { *cached } else { 0 };
             (worth, slot.tokens.is_empty(), Reverse(slot.released), Reverse(*index))
         })?;
-        let slot = &mut self.slots[index];
-        slot.busy = true;
-        slot.tokens.truncate(cached);
+        self.slots[index].busy = true;
         Some((index, cached))
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.slots.iter().all(|slot| slot.busy)
+    }
+
+    /// What lies in the slot. Somebody who generates holds more than is said here.
+    pub fn tokens(&self, index: usize) -> &[i32] {
+        &self.slots[index].tokens
+    }
+
+    /// Whether another slot begins with all that this one holds.
+    pub fn is_held_elsewhere(&self, index: usize) -> bool {
+        let mut others = self.slots.iter().enumerate().filter(|(other, _)| *other != index);
+        others.any(|(_, other)| other.tokens.starts_with(&self.slots[index].tokens))
+    }
+
+    /// The first free slot after `first` and before `last`.
+    pub fn free_between(&self, first: usize, last: usize) -> Option<usize> {
+        (first + 1..last).find(|&index| !self.slots[index].busy)
+    }
+
+    /// Somebody who was in another slot goes on here.
+    pub fn occupy(&mut self, index: usize, tokens: &[i32]) {
+        self.slots[index].busy = true;
+        self.hold(index, tokens);
     }
 
     /// A slot that shares more than `more_than` tokens of the prompt's beginning, and how many.
@@ -62,6 +88,13 @@ impl Slots {
         let usable = &prompt[..prompt.len().saturating_sub(1)];
         let shared = self.slots.iter().map(|slot| common_prefix(&slot.tokens, usable)).enumerate();
         shared.filter(|(_, shared)| *shared > more_than).max_by_key(|(_, shared)| *shared)
+    }
+
+    /// As `find_shared`, with the last token; where a busy slot may be copied, that is no hindrance.
+    pub fn find_exportable(&self, tokens: &[i32], also_busy: bool) -> Option<(usize, usize)> {
+        let slots = self.slots.iter().enumerate().filter(|(_, slot)| also_busy || !slot.busy);
+        let shared = slots.map(|(index, slot)| (index, common_prefix(&slot.tokens, tokens)));
+        shared.filter(|(_, shared)| *shared > 0).max_by_key(|(_, shared)| *shared)
     }
 
     /// What a busy slot holds by now, for others to share.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
-use pyo3::types::{PyAny, PyDict, PyMapping, PyString};
+use pyo3::types::{PyAny, PyBytes, PyDict, PyMapping, PyString};
 
 use super::convert::{self, guarded};
 use super::error::exception;
@@ -151,16 +151,35 @@ impl PyContext {
     }
 
     fn metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let metrics = self.context.metrics();
-        let values = PyDict::new(py);
-        values.set_item("running", metrics.running)?;
-        values.set_item("waiting", metrics.waiting)?;
-        values.set_item("requests", metrics.requests)?;
-        values.set_item("prompt_tokens", metrics.prompt_tokens)?;
-        values.set_item("cached_tokens", metrics.cached_tokens)?;
-        values.set_item("generated_tokens", metrics.generated_tokens)?;
-        values.set_item("steps", metrics.steps)?;
-        Ok(values)
+        convert::metrics(py, &self.context.metrics())
+    }
+
+    /// One dictionary for each slot.
+    fn slots<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        self.context.slots().iter().map(|slot| convert::slot(py, slot)).collect()
+    }
+
+    fn unpin(&self, request_id: u64) {
+        self.context.unpin(request_id);
+    }
+
+    fn export_state<'py>(
+        &self,
+        tokens: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let (py, ids) = (tokens.py(), convert::tokens(tokens)?);
+        let state = guarded(py, || self.context.export_state(ids))?;
+        Ok(state.map(|bytes| PyBytes::new(py, &bytes)))
+    }
+
+    fn import_state(
+        &self,
+        data: &Bound<'_, PyBytes>,
+        tokens: &Bound<'_, PyAny>,
+    ) -> PyResult<usize> {
+        let (py, ids) = (tokens.py(), convert::tokens(tokens)?);
+        let bytes = data.as_bytes();
+        guarded(py, || self.context.import_state(bytes, &ids))
     }
 
     /// For tests: the next step panics.

@@ -3,15 +3,15 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyMapping, PyString};
 
 use super::error::exception;
-use crate::config::{GenerationConfig, Priority};
-use crate::context::Prompt;
+use crate::config::{GenerationConfig, Overflow, Priority};
 use crate::context::message::Stats;
+use crate::context::{Distribution, Metrics, Prompt, SlotView};
 use crate::error::{Error, Result};
 use crate::gguf::Description;
 use crate::log::Level;
@@ -95,7 +95,12 @@ pub(super) fn set(
         "seed" => config.seed = whole(name, value)?,
         "ignore_eos" => config.ignore_eos = value.is_truthy()?,
         "min_tokens" => config.min_tokens = whole(name, value)?,
-        "timeout_s" => config.timeout = timeout(value)?,
+        "timeout_s" => config.timeout = sooner(config.timeout, seconds(name, value)?),
+        "deadline" => config.timeout = sooner(config.timeout, time_until(value)?),
+        "max_queue_wait_s" => config.max_queue_wait = seconds(name, value)?,
+        "overflow" => config.overflow = overflow(value)?,
+        "n_keep" => config.n_keep = whole(name, value)?,
+        "pin" => config.pin = value.is_truthy()?,
         "priority" => config.priority = priority(value)?,
         "add_bos" => config.add_bos = value.is_truthy()?,
         "special" => config.special = value.is_truthy()?,
@@ -139,15 +144,29 @@ fn stops(value: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
     })
 }
 
-fn timeout(value: &Bound<'_, PyAny>) -> PyResult<Option<Duration>> {
+fn seconds(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<Duration>> {
     if value.is_none() {
         return Ok(None);
     }
-    let seconds = number("timeout_s", value)?;
+    let seconds = number(name, value)?;
     if seconds.is_nan() || seconds <= 0.0 {
-        return Err(exception(&Error::invalid("timeout_s", seconds, "more than 0")));
+        return Err(exception(&Error::invalid(name, seconds, "more than 0")));
     }
     Ok(Duration::try_from_secs_f64(seconds).ok()) // longer than a Duration is no limit at all
+}
+
+/// A moment in seconds since 1970, as how long it is from now; not at all when it is over.
+fn time_until(value: &Bound<'_, PyAny>) -> PyResult<Option<Duration>> {
+    if value.is_none() {
+        return Ok(None);
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let left = (number("deadline", value)? - now.as_secs_f64()).max(0.0);
+    Ok(Duration::try_from_secs_f64(left).ok())
+}
+
+fn sooner(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
+    [one, other].into_iter().flatten().min()
 }
 
 fn priority(value: &Bound<'_, PyAny>) -> PyResult<Priority> {
@@ -162,6 +181,14 @@ fn priority(value: &Bound<'_, PyAny>) -> PyResult<Priority> {
     }
 }
 
+fn overflow(value: &Bound<'_, PyAny>) -> PyResult<Overflow> {
+    match value.extract::<String>().as_deref() {
+        Ok("error") => Ok(Overflow::Error),
+        Ok("shift") => Ok(Overflow::Shift),
+        _ => Err(exception(&Error::invalid("overflow", shown(value), "`error` or `shift`"))),
+    }
+}
+
 /// A value as an error message quotes it: short.
 fn shown(value: &Bound<'_, PyAny>) -> String {
     let text = value.repr().map_or_else(|_| "something".into(), |repr| repr.to_string());
@@ -172,6 +199,7 @@ pub(super) fn stats<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, 
     let values = PyDict::new(py);
     values.set_item("prompt_tokens", stats.prompt_tokens)?;
     values.set_item("cached_tokens", stats.cached_tokens)?;
+    values.set_item("dropped_tokens", stats.dropped_tokens)?;
     values.set_item("generated_tokens", stats.generated_tokens)?;
     values.set_item("n_ctx", stats.n_ctx)?;
     values.set_item("seed", stats.seed)?;
@@ -180,6 +208,57 @@ pub(super) fn stats<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, 
     values.set_item("first_token_ms", stats.first_token_ms)?;
     values.set_item("decode_ms", stats.decode_ms)?;
     values.set_item("total_ms", stats.total_ms)?;
+    values.set_item("gap_p50_ms", stats.gap_p50_ms)?;
+    values.set_item("gap_p99_ms", stats.gap_p99_ms)?;
+    Ok(values)
+}
+
+pub(super) fn metrics<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound<'py, PyDict>> {
+    let values = PyDict::new(py);
+    values.set_item("running", metrics.running)?;
+    values.set_item("waiting", metrics.waiting)?;
+    values.set_item("requests", metrics.requests)?;
+    values.set_item("ended_stop", metrics.ended_stop)?;
+    values.set_item("ended_length", metrics.ended_length)?;
+    values.set_item("ended_cancelled", metrics.ended_cancelled)?;
+    values.set_item("ended_error", metrics.ended_error)?;
+    values.set_item("prompt_tokens", metrics.prompt_tokens)?;
+    values.set_item("cached_tokens", metrics.cached_tokens)?;
+    values.set_item("dropped_tokens", metrics.dropped_tokens)?;
+    values.set_item("generated_tokens", metrics.generated_tokens)?;
+    values.set_item("steps", metrics.steps)?;
+    values.set_item("busy_slots", metrics.busy_slots)?;
+    values.set_item("preemptions", metrics.preemptions)?;
+    values.set_item("held_tokens", metrics.held_tokens)?;
+    values.set_item("prompt_cache_bytes", metrics.prompt_cache_bytes)?;
+    values.set_item("prompt_seconds", metrics.prompt_seconds)?;
+    values.set_item("decode_seconds", metrics.decode_seconds)?;
+    values.set_item("queue_s", distribution(py, &metrics.queue)?)?;
+    values.set_item("first_token_s", distribution(py, &metrics.first_token)?)?;
+    values.set_item("gap_s", distribution(py, &metrics.gap)?)?;
+    values.set_item("request_s", distribution(py, &metrics.whole)?)?;
+    Ok(values)
+}
+
+fn distribution<'py>(py: Python<'py>, found: &Distribution) -> PyResult<Bound<'py, PyDict>> {
+    let values = PyDict::new(py);
+    let buckets = PyDict::new(py);
+    for (bound, count) in &found.buckets {
+        buckets.set_item(bound, count)?;
+    }
+    values.set_item("count", found.buckets.last().map_or(0, |(_, count)| *count))?;
+    values.set_item("sum", found.seconds)?;
+    values.set_item("buckets", buckets)?;
+    Ok(values)
+}
+
+pub(super) fn slot<'py>(py: Python<'py>, slot: &SlotView) -> PyResult<Bound<'py, PyDict>> {
+    let values = PyDict::new(py);
+    values.set_item("request_id", slot.request)?;
+    values.set_item("held_tokens", slot.held_tokens)?;
+    values.set_item("prompt_tokens", slot.prompt_tokens)?;
+    values.set_item("cached_tokens", slot.cached_tokens)?;
+    values.set_item("generated_tokens", slot.generated_tokens)?;
     Ok(values)
 }
 

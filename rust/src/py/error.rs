@@ -40,6 +40,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         Error::Tokenization { .. } => "TokenizationError",
         Error::Sampling { .. } => "SamplingError",
         Error::GenerationTimeout { .. } => "GenerationTimeoutError",
+        Error::QueueTimeout { .. } => "QueueTimeoutError",
         Error::QueueFull { .. } => "QueueFullError",
         Error::ModelNotLoaded { .. } => "ModelNotLoadedError",
         Error::ForkedProcess { .. } => "ForkedProcessError",

@@ -228,7 +228,7 @@ impl PyModel {
     }
 
     #[pyo3(signature = (n_ctx=4096, n_batch=512, n_threads=0, *, n_seq_max=0, queue_size=1024,
-        flash_attn="auto", kv_type="auto", offload_kqv=true, warmup=true))]
+        prompt_cache_mb=-1, flash_attn="auto", kv_type="auto", offload_kqv=true, warmup=true))]
     #[allow(clippy::too_many_arguments)] // a keyword each
     fn create_context(
         &self,
@@ -238,6 +238,7 @@ impl PyModel {
         n_threads: i64,
         n_seq_max: i64,
         queue_size: i64,
+        prompt_cache_mb: i64,
         flash_attn: &str,
         kv_type: &str,
         offload_kqv: bool,
@@ -249,6 +250,7 @@ impl PyModel {
             n_threads: convert::fitted("n_threads", n_threads)?,
             n_seq_max: convert::fitted("n_seq_max", n_seq_max)?,
             queue_size: convert::fitted("queue_size", queue_size)?,
+            prompt_cache_mb,
             flash_attn: self::flash_attn(flash_attn)?,
             kv_type: self::kv_type(kv_type)?,
             offload_kqv,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tabagent_model::config::GenerationConfig;
 use tabagent_model::context::message::{Event, FinishReason, Stats};
 use tabagent_model::context::runner::{Interrupt, Limits, Outcome, Row, Runner};
-use tabagent_model::context::{Context, Prompt};
+use tabagent_model::context::{Capacity, Context, Prompt};
 use tabagent_model::error::{Error, Result};
 
 pub const VOCABULARY: usize = 100;
@@ -67,6 +67,11 @@ pub struct Setup {
     pub n_batch: usize,
     pub n_slots: usize,
     pub queue_size: usize,
+    /// A token takes four bytes there.
+    pub prompt_cache_bytes: usize,
+    pub can_shift: bool,
+    /// What the runner advises beside so many who generate, when so many wait to be read.
+    pub prompt_rows: fn(usize, usize) -> usize,
     pub rule: Rule,
     /// Tokens that all slots together can hold.
     pub cells: usize,
@@ -87,6 +92,9 @@ impl Default for Setup {
             n_batch: 16,
             n_slots: 2,
             queue_size: 1000,
+            prompt_cache_bytes: 0,
+            can_shift: true,
+            prompt_rows: |_, _| usize::MAX,
             rule: count_up,
             cells: usize::MAX,
             forgets_parts: true,
@@ -113,6 +121,8 @@ pub struct Stage {
 struct StageState {
     batches: Vec<Vec<Row>>,
     faults: Vec<String>,
+    /// Slots that got a saved state, and how many tokens it had.
+    restored: Vec<(usize, usize)>,
     /// Steps that may still run; `None` means all.
     permits: Option<usize>,
     /// No more tricks.
@@ -141,6 +151,11 @@ impl Stage {
     /// Rules of the house that the scheduler broke.
     pub fn faults(&self) -> Vec<String> {
         self.lock().faults.clone()
+    }
+
+    /// Slots that got a saved state, and how many tokens it had.
+    pub fn restored(&self) -> Vec<(usize, usize)> {
+        self.lock().restored.clone()
     }
 
     pub fn is_dropped(&self) -> bool {
@@ -260,8 +275,8 @@ impl ScriptedRunner {
 
 impl Runner for ScriptedRunner {
     fn limits(&self) -> Limits {
-        let Setup { n_ctx, n_batch, n_slots, .. } = self.setup;
-        Limits { n_ctx, n_batch, n_slots }
+        let Setup { n_ctx, n_batch, n_slots, can_shift, .. } = self.setup;
+        Limits { n_ctx, n_batch, n_slots, can_shift }
     }
 
     fn run(&mut self, batch: &[Row]) -> Outcome {
@@ -333,6 +348,35 @@ impl Runner for ScriptedRunner {
         true
     }
 
+    fn state_size(&self, slot: usize) -> usize {
+        self.slots[slot].len() * 4
+    }
+
+    fn save(&mut self, slot: usize) -> Option<Vec<u8>> {
+        Some(self.slots[slot].iter().flat_map(|token| token.to_le_bytes()).collect())
+    }
+
+    fn restore(&mut self, slot: usize, state: &[u8]) -> bool {
+        let token = |bytes: &[u8]| i32::from_le_bytes(bytes.try_into().unwrap());
+        self.slots[slot] = state.chunks(4).map(token).collect();
+        self.stage.lock().restored.push((slot, self.slots[slot].len()));
+        true
+    }
+
+    fn shift(&mut self, slot: usize, keep: usize, drop: usize) -> bool {
+        let held = &mut self.slots[slot];
+        if keep + drop > held.len() {
+            self.stage.lock().faults.push(format!("a shift of {keep} + {drop} in {}", held.len()));
+            return false;
+        }
+        held.drain(keep..keep + drop);
+        true
+    }
+
+    fn prompt_rows(&self, num_generating: usize, num_prompts: usize) -> usize {
+        (self.setup.prompt_rows)(num_generating, num_prompts)
+    }
+
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
         out.extend_from_slice(text_of(&[token]).as_bytes());
         Ok(())
@@ -391,9 +435,10 @@ pub struct Engine {
 impl Engine {
     pub fn new(setup: Setup) -> Engine {
         let interrupt = Interrupt::default();
-        let queue_size = setup.queue_size;
+        let (queue_size, prompt_cache_bytes) = (setup.queue_size, setup.prompt_cache_bytes);
+        let capacity = Capacity { queue_size, prompt_cache_bytes };
         let (runner, stage) = ScriptedRunner::new(setup, interrupt.clone());
-        let context = Arc::new(Context::with_runner(runner, queue_size, interrupt).unwrap());
+        let context = Arc::new(Context::with_runner(runner, capacity, interrupt).unwrap());
         let (sender, letters) = channel();
         let source = context.clone();
         let reader = std::thread::spawn(move || {

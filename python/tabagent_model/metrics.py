@@ -1,0 +1,80 @@
+"""The engine's counters as Prometheus text.
+
+Dashboards exist for llama.cpp's names and for vLLM's, so both are given; what neither has a name
+for is called `tabagent:…`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import inf
+from typing import Any, Literal
+
+Kind = Literal["counter", "gauge"]
+
+_SIMPLE: tuple[tuple[str, Kind, str, str], ...] = (
+    ("llamacpp:prompt_tokens_total", "counter", "prompt_tokens", "Prompt tokens."),
+    ("llamacpp:prompt_seconds_total", "counter", "prompt_seconds", "Seconds spent on prompts."),
+    ("llamacpp:tokens_predicted_total", "counter", "generated_tokens", "Generated tokens."),
+    (
+        "llamacpp:tokens_predicted_seconds_total",
+        "counter",
+        "decode_seconds",
+        "Seconds spent on generating.",
+    ),
+    ("llamacpp:n_decode_total", "counter", "steps", "Steps of the engine."),
+    ("llamacpp:requests_processing", "gauge", "running", "Requests that run."),
+    ("llamacpp:requests_deferred", "gauge", "waiting", "Requests that wait for a place."),
+    ("vllm:num_requests_running", "gauge", "running", "Requests that run."),
+    ("vllm:num_requests_waiting", "gauge", "waiting", "Requests that wait for a place."),
+    ("vllm:kv_cache_usage_perc", "gauge", "kv_cache_usage", "Share of the places' tokens in use."),
+    ("vllm:prefix_cache_queries_total", "counter", "prompt_tokens", "Prompt tokens looked up."),
+    ("vllm:prefix_cache_hits_total", "counter", "cached_tokens", "Prompt tokens found computed."),
+    ("vllm:prompt_tokens_total", "counter", "prompt_tokens", "Prompt tokens."),
+    ("vllm:generation_tokens_total", "counter", "generated_tokens", "Generated tokens."),
+    ("vllm:num_preemptions_total", "counter", "preemptions", "Requests that had to wait again."),
+    ("tabagent:requests_total", "counter", "requests", "Requests that came in."),
+    ("tabagent:dropped_tokens_total", "counter", "dropped_tokens", "Tokens lost to overflow."),
+    ("tabagent:prompt_cache_bytes", "gauge", "prompt_cache_bytes", "Main memory for beginnings."),
+)
+
+_HISTOGRAMS = (
+    ("vllm:time_to_first_token_seconds", "first_token_s", "From the call to the first token."),
+    ("vllm:inter_token_latency_seconds", "gap_s", "From one token to the next."),
+    ("vllm:e2e_request_latency_seconds", "request_s", "From the call to the end."),
+    ("vllm:request_queue_time_seconds", "queue_s", "From the call to a place."),
+)
+
+_ENDS = ("stop", "length", "cancelled", "error")
+
+
+def prometheus(metrics: Mapping[str, Any], model: str) -> str:
+    """Text in Prometheus' exposition format of what `Model.metrics()` gives."""
+    return "".join(f"{line}\n" for line in _lines(metrics, f'model_name="{_escaped(model)}"'))
+
+
+def _lines(metrics: Mapping[str, Any], label: str) -> Iterator[str]:
+    for name, kind, key, meaning in _SIMPLE:
+        if key in metrics:
+            yield from (f"# HELP {name} {meaning}", f"# TYPE {name} {kind}")
+            yield f"{name}{{{label}}} {metrics[key]}"
+    if steps := metrics.get("steps"):
+        name = "llamacpp:n_busy_slots_per_decode"
+        yield from (f"# HELP {name} Requests per step.", f"# TYPE {name} gauge")
+        yield f"{name}{{{label}}} {metrics['busy_slots'] / steps}"
+    name = "vllm:request_success_total"
+    yield from (f"# HELP {name} Requests that ended.", f"# TYPE {name} counter")
+    for reason in _ENDS:
+        yield f'{name}{{{label},finished_reason="{reason}"}} {metrics.get(f"ended_{reason}", 0)}'
+    for name, key, meaning in _HISTOGRAMS:
+        if key in metrics:
+            yield from (f"# HELP {name} {meaning}", f"# TYPE {name} histogram")
+            for bound, count in metrics[key]["buckets"].items():
+                le = "+Inf" if bound == inf else bound
+                yield f'{name}_bucket{{{label},le="{le}"}} {count}'
+            yield f"{name}_sum{{{label}}} {metrics[key]['sum']}"
+            yield f"{name}_count{{{label}}} {metrics[key]['count']}"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

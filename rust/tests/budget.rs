@@ -1,0 +1,87 @@
+//! How many prompt tokens a step takes along, from what steps were seen to cost.
+
+use std::time::Duration;
+
+use tabagent_model::context::Budget;
+
+const MOST: usize = 512;
+
+/// A machine on which a pass over the weights takes 10 ms, each further one who generates 1 ms, and
+/// each prompt token 2 ms on top of a pass of its own.
+fn seconds(num_generating: usize, prompt_rows: usize) -> Duration {
+    let generating = match num_generating {
+        0 => 0,
+        n => 10 + (n as u64 - 1),
+    };
+    let reading = if prompt_rows > 0 { 10 + 2 * prompt_rows as u64 } else { 0 };
+    Duration::from_millis(generating + reading)
+}
+
+fn experienced() -> Budget {
+    let mut budget = Budget::new(MOST);
+    for num_generating in [1, 2, 4, 8] {
+        budget.took(num_generating, 0, seconds(num_generating, 0));
+    }
+    for _ in 0..8 {
+        budget.took(0, MOST, seconds(0, MOST));
+    }
+    budget
+}
+
+#[test]
+fn who_knows_nothing_yet_reads_at_full_speed() {
+    let mut budget = Budget::new(MOST);
+    assert_eq!(budget.rows(1, 1), MOST);
+    budget.took(1, 0, seconds(1, 0));
+    assert_eq!(budget.rows(1, 1), MOST);
+}
+
+#[test]
+fn a_step_takes_at_most_three_times_as_long_as_without_a_prompt() {
+    let budget = experienced();
+    for num_generating in [1, 2, 4, 8] {
+        let rows = budget.rows(num_generating, 1);
+        let (with, without) = (seconds(num_generating, rows), seconds(num_generating, 0));
+        assert!(with <= without * 3, "{num_generating}: {rows} rows, {with:?} for {without:?}");
+    }
+}
+
+#[test]
+fn the_more_wait_to_be_read_the_more_is_read() {
+    let budget = experienced();
+    let rows = [1, 2, 4, 8].map(|num_prompts| budget.rows(1, num_prompts));
+    assert!(rows.is_sorted() && rows[0] < rows[3] && rows[3] < MOST, "{rows:?}");
+    // As many who read as generate are no crowd.
+    assert_eq!(budget.rows(8, 8), budget.rows(8, 1));
+}
+
+#[test]
+fn reading_never_stops() {
+    let mut budget = experienced();
+    for _ in 0..50 {
+        budget.took(1, 4, Duration::from_secs(3));
+    }
+    assert_eq!(budget.rows(1, 1), 4);
+}
+
+#[test]
+fn it_learns_from_steps_that_cost_more_than_they_did() {
+    let mut budget = experienced();
+    let before = budget.rows(1, 4);
+    let twice = |rows: usize| Duration::from_millis(10 + 10 + 4 * rows as u64);
+    for _ in 0..8 {
+        let rows = budget.rows(1, 4);
+        budget.took(1, rows, twice(rows));
+    }
+    let after = budget.rows(1, 4);
+    assert!(after * 3 < before * 2, "{before} before, {after} after");
+}
+
+#[test]
+fn a_disturbed_step_hardly_counts() {
+    let mut budget = experienced();
+    let before = budget.rows(1, 1);
+    budget.took(1, 0, Duration::from_secs(9));
+    let after = budget.rows(1, 1);
+    assert!(after <= before * 3, "{before} before, {after} after");
+}
