@@ -50,3 +50,12 @@ def test_whether_weights_are_laid_out_anew_can_be_said_and_seen():
     for repack in (True, False):
         with load(repack=repack) as model:
             assert model.info()["is_repacked"] is repack
+
+
+@pytest.mark.parametrize(("flash_attn", "kv_type"), [*CHOICES, ("on", "bf16"), ("on", "q8_0")])
+def test_a_full_context_goes_on_with_every_kind_of_cache(flash_attn, kv_type):
+    asked = {"max_tokens": 300, "ignore_eos": True, "overflow": "shift"}
+    with load(flash_attn=flash_attn, kv_type=kv_type) as model:
+        answer = model.generate("Once upon a time", **asked)
+    assert (len(answer.tokens), answer.finish_reason) == (300, "length")
+    assert answer.usage.dropped_tokens > 0
