@@ -69,6 +69,6 @@ fn compile_shim(llama: &Path) {
         .define("NDEBUG", None) // as llama.cpp itself is compiled
         .flag_if_supported("-fno-gnu-unique") // see rust/cmake/llama.cmake
         .flag_if_supported("-Wno-unused-function") // in llama.cpp's headers
-        .files(["rust/shim/llama.cpp", "rust/shim/chat.cpp", "rust/shim/probe.cpp"])
+        .files(["llama", "attention", "chat", "probe"].map(|name| format!("rust/shim/{name}.cpp")))
         .compile("tabagent_shim");
 }

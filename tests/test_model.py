@@ -304,6 +304,8 @@ async def test_the_model_tells_about_itself(face: MakeFace):
         "n_batch": 512,
         "n_threads": 1,
         "max_parallel": 3,
+        "flash_attn": "on",
+        "kv_type": "f16",
     }
     assert model.metrics()["running"] == 0
     assert model.config == ModelConfig()

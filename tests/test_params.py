@@ -26,8 +26,9 @@ def test_the_defaults_are_the_documented_ones():
         "split_mode": "layer",
         "use_mmap": True,
         "use_mlock": False,
+        "repack": "auto",
         "flash_attn": "auto",
-        "kv_type": "f16",
+        "kv_type": "auto",
         "vocab_only": False,
         "warmup": True,
     }
@@ -163,6 +164,8 @@ WRONG_MODEL: list[tuple[str, Any]] = [
     ("kv_type", "q9"),
     ("use_mmap", "yes"),
     ("use_mlock", 1),
+    ("repack", "always"),
+    ("repack", 1),
     ("model_path", 5),
 ]
 WRONG_GENERATION: list[tuple[str, Any]] = [

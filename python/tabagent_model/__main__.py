@@ -65,6 +65,28 @@ def doctor() -> None:
         facts["died in a trial"] = ", ".join(dead)
     for name, fact in facts.items():
         print(f"{name:18} {fact}")
+    print(attention_table())
+
+
+def attention_table() -> str:
+    """What was measured on this machine, and what is chosen where both settings are automatic."""
+    from . import _attention
+
+    if not (measured := _attention.measured()):
+        return "attention          not measured yet; the first load of a model does"
+    lines = ["attention          on this machine, of a layer: µs for a token read + written"]
+    for work, times in sorted(measured.items()):
+        choices = list(times)
+        own, best = choices[0], _attention.fastest(times, choices, work.n_ctx)
+        gain = _attention.cost(times[own], work.n_ctx) / _attention.cost(times[best], work.n_ctx)
+        seen = (f"{'+'.join(c)} {read:.1f} + {write:.0f}" for c, (read, write) in times.items())
+        lines += [
+            f"  heads of {work.head_dim} x {work.n_head}/{work.n_head_kv}, n_ctx {work.n_ctx},"
+            f" threads {work.n_threads}: {'+'.join(best)},"
+            f" {gain:.2f} times as fast as {'+'.join(own)}",
+            f"    {', '.join(seen)}",
+        ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ __all__ = [
     "get_cpu_variant",
     "get_optimal_binary",
     "inspect_gguf",
+    "measure_attention",
     "probe_cpu_module",
     "process_rss_mb",
     "start",
@@ -51,8 +52,11 @@ class PyModel:
         library_path: str | None = None,
         n_gpu_layers: int | None = None,
         use_mlock: bool | None = None,
+        repack: bool | None = None,
     ) -> None:
         """Read a model file. `progress` gets 0.0 to 1.0; returning False stops the load.
+
+        `repack` lays weights out anew for the CPU; None does it where it pays.
 
         `dll_path` and `library_path` are accepted for old callers and ignored: the package brings
         its own llama.cpp.
@@ -69,6 +73,9 @@ class PyModel:
     @property
     def device(self) -> str:
         """`cpu`, or the name of the GPU that holds layers."""
+    @property
+    def is_repacked(self) -> bool:
+        """Weights may lie in another layout than the file's, where the CPU has one for them."""
     @property
     def load_time_ms(self) -> float: ...
     @property
@@ -110,7 +117,7 @@ class PyModel:
         queue_size: int = 1024,
         prompt_cache_mb: int = ...,
         flash_attn: Literal["auto", "on", "off"] = "auto",
-        kv_type: Literal["f16", "bf16", "f32", "q8_0"] = "f16",
+        kv_type: Literal["auto", "f16", "bf16", "f32", "q8_0"] = "auto",
         offload_kqv: bool = True,
         warmup: bool = True,
     ) -> PyContext:
@@ -118,7 +125,8 @@ class PyModel:
 
         Each of its `n_seq_max` sequences (0: as many as the memory suggests, at most 8) has room
         for `n_ctx` tokens, at most what the model was trained with. `n_threads=0` means the
-        physical cores this process may use, at most 8.
+        physical cores this process may use, at most 8. `auto` for `flash_attn` or `kv_type` means
+        what was measured to be the fastest on this CPU, and on a GPU what llama.cpp chooses.
         """
     def generate(
         self, prompt: str | Sequence[int], max_tokens: int = 100, **sampling: Any
@@ -185,6 +193,11 @@ class PyContext:
     def n_seq_max(self) -> int: ...
     @property
     def n_threads(self) -> int: ...
+    @property
+    def flash_attn(self) -> Literal["auto", "on", "off"]:
+        """As it computes; `auto` where llama.cpp decides."""
+    @property
+    def kv_type(self) -> Literal["f16", "bf16", "f32", "q8_0"]: ...
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]: ...
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> str: ...
     def token_to_text(self, token: int) -> str: ...
@@ -250,6 +263,14 @@ def cpu_modules(folder: str) -> list[tuple[str, int]]:
 
 def probe_cpu_module(folder: str, module: str) -> None:
     """Multiply a matrix of each weight type on that module; for a throw-away child process."""
+
+def measure_attention(
+    head_dim: int, n_head: int, n_head_kv: int, n_ctx: int, n_threads: int
+) -> dict[tuple[str, str], tuple[float, float]] | None:
+    """Time one layer on the CPU, in about a second at most. None: the machine was busy.
+
+    By `flash_attn` and `kv_type`: microseconds for a token of a prompt, and for one of the answer.
+    """
 
 def take_log() -> list[tuple[Literal["debug", "info", "warning", "error"], str]]:
     """Sleep until llama.cpp has logged something, and take it. An empty list: shutting down."""

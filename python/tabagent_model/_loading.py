@@ -98,6 +98,7 @@ class _Loading(threading.Thread):
             main_gpu=config.main_gpu,
             vocab_only=config.vocab_only,
             split_mode=config.split_mode,
+            repack=None if isinstance(config.repack, str) else config.repack,
             progress=self._progress,
         )
         try:

@@ -28,6 +28,7 @@ finally:
     else:
         os.environ["GGML_NO_BACKTRACE"] = _was_set
 
+from ._cache import Cache  # noqa: E402
 from .errors import BackendError, InvalidRequestError  # noqa: E402
 
 core = _core
@@ -76,6 +77,13 @@ def dead_modules() -> list[str]:
     return [name for name, survives in _Verdicts().known().items() if not survives]
 
 
+def machine() -> str:
+    """What a fact about this processor holds for: the processor, and what we make it run."""
+    cpu = core.detect_cpu()
+    kind = ".".join(str(cpu[part]) for part in ("family", "model", "stepping"))
+    return f"{cpu['brand']} {kind}|{core.__version__}|{core.LLAMA_CPP_VERSION}"
+
+
 def check_folder() -> None:
     """An ImportError at once where the package's libraries are missing, not at the first load."""
     if not any(LIBRARIES.glob("*ggml-cpu*")):
@@ -96,14 +104,10 @@ class _Verdicts:
     """What earlier trials of this installation on this processor said."""
 
     def __init__(self) -> None:
-        cpu = core.detect_cpu()
-        self._key = f"{cpu['brand']}|{core.__version__}|{core.LLAMA_CPP_VERSION}|{LIBRARIES}"
-        home = os.environ.get("TABAGENT_HOME")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tabagent_model"
-        self._file = (Path(home) if home else cache) / "cpu-modules.json"
+        self._cache = Cache("cpu-modules.json", f"{machine()}|{LIBRARIES}")
 
     def known(self) -> dict[str, bool]:
-        return self._read().get(self._key, {})
+        return self._cache.facts()
 
     def survives(self, name: str) -> bool:
         known = self.known()
@@ -111,29 +115,8 @@ class _Verdicts:
             return bool(known[name])
         survives, is_certain = _try_module(name)
         if is_certain:
-            self._write({**self._read(), self._key: {**known, name: survives}})
+            self._cache.keep(name, survives)
         return survives
-
-    def _read(self) -> dict[str, dict[str, bool]]:
-        import json
-
-        try:
-            verdicts = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return verdicts if isinstance(verdicts, dict) else {}
-
-    def _write(self, verdicts: dict[str, dict[str, bool]]) -> None:
-        """Remembering is a convenience: a home that cannot be written only costs time."""
-        import json
-
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._file.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(verdicts, indent=1), encoding="utf-8")
-            temporary.replace(self._file)
-        except OSError as error:
-            _log().info("the CPU module's verdict cannot be remembered: %s", error)
 
 
 def _try_module(name: str) -> tuple[bool, bool]:

@@ -90,6 +90,8 @@ class _Base:
                 "n_batch": context.n_batch,
                 "n_threads": context.n_threads,
                 "max_parallel": context.n_seq_max,
+                "flash_attn": context.flash_attn,
+                "kv_type": context.kv_type,
             }
         if self.is_loaded and (native := self._native) is not None:
             facts |= {
@@ -101,6 +103,7 @@ class _Base:
                 "n_layers": native.layer_count(),
                 "vocab_size": native.vocab_size(),
                 "gpu_layers": native.gpu_layers,
+                "is_repacked": native.is_repacked,
                 "load_time_ms": native.load_time_ms,
             }
         return facts

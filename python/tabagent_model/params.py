@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="_Config")
 SplitMode = Literal["none", "layer", "row"]
 FlashAttention = Literal["auto", "on", "off"]
-KvType = Literal["f16", "bf16", "f32", "q8_0"]
+KvType = Literal["auto", "f16", "bf16", "f32", "q8_0"]
 Priority = Literal["high", "normal", "low"]
 Overflow = Literal["error", "shift", "drop_oldest"]
 
@@ -114,8 +114,12 @@ class ModelConfig(_Config):
     split_mode: SplitMode = "layer"
     use_mmap: bool = True
     use_mlock: bool = False
+    repack: bool | Literal["auto"] = "auto"
+    """Lay weights out anew for the CPU, in memory of our own; "auto": where that is faster."""
     flash_attn: FlashAttention = "auto"
-    kv_type: KvType = "f16"
+    """"auto": what was measured to be the fastest on this CPU; on a GPU llama.cpp decides."""
+    kv_type: KvType = "auto"
+    """Of the keys and values in the cache. "auto": the fastest here, and never below 16 bits."""
     vocab_only: bool = False
     """Open the tokenizer only; nothing can be generated."""
     warmup: bool = True
@@ -135,8 +139,10 @@ class ModelConfig(_Config):
         _choice(self, "split_mode", ("none", "layer", "row"))
         _switch(self, "use_mmap")
         _switch(self, "use_mlock")
+        if self.repack != "auto":
+            _switch(self, "repack", also='"auto", ')
         _choice(self, "flash_attn", ("auto", "on", "off"))
-        _choice(self, "kv_type", ("f16", "bf16", "f32", "q8_0"))
+        _choice(self, "kv_type", ("auto", "f16", "bf16", "f32", "q8_0"))
         _switch(self, "vocab_only")
         _switch(self, "warmup")
         return self
@@ -313,6 +319,7 @@ class ModelFields(TypedDict, total=False):
     split_mode: SplitMode | None
     use_mmap: bool | None
     use_mlock: bool | None
+    repack: bool | Literal["auto"] | None
     flash_attn: FlashAttention | None
     kv_type: KvType | None
     vocab_only: bool | None
@@ -406,10 +413,10 @@ def _number(
     _put(config, name, number)
 
 
-def _switch(config: _Config, name: str) -> None:
+def _switch(config: _Config, name: str, *, also: str = "") -> None:
     value = getattr(config, name)
     if type(value).__name__ not in ("bool", "bool_"):  # numpy's, too
-        raise _refusal(name, "True or False", value)
+        raise _refusal(name, f"{also}True or False", value)
     _put(config, name, bool(value))
 
 

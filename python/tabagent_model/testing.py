@@ -92,6 +92,7 @@ class ScriptedContext:
         self.n_batch = n_batch
         self.n_seq_max = n_seq_max
         self.n_threads = n_threads
+        self.flash_attn, self.kv_type = "on", "f16"
         self._script = script
         self._delay = delay
         self._queue_size = queue_size

@@ -1,7 +1,7 @@
 // The calls of llama.h that can throw: context, decode, tokens.
+#include "cpu.h"
 #include "guard.h"
 
-#include "ggml-backend.h"
 #include "llama.h"
 
 #include <memory>
@@ -12,17 +12,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-
-namespace {
-
-// The CPU backend is a module chosen at run time, so its functions are found by name.
-template <class F>
-F cpu_function(const char * name) {
-    ggml_backend_reg_t registry = ggml_backend_reg_by_name("CPU");
-    return registry ? reinterpret_cast<F>(ggml_backend_reg_get_proc_address(registry, name)) : nullptr;
-}
-
-}  // namespace
 
 void ta_thread_computes(bool does) noexcept {
 #if defined(__linux__) && defined(SYS_sched_setattr)
@@ -46,19 +35,6 @@ void ta_thread_computes(bool does) noexcept {
     (void) does;
 #endif
 }
-
-struct ta_pool {
-    ggml_threadpool_t threads = nullptr;
-
-    ~ta_pool() {
-        if (threads) {
-            auto free_pool = cpu_function<void (*)(ggml_threadpool_t)>("ggml_threadpool_free");
-            if (free_pool) {
-                free_pool(threads);
-            }
-        }
-    }
-};
 
 int ta_pool_new(int32_t n_threads, uint32_t poll, ta_pool ** out, ta_error * error) noexcept {
     return ta_guard(error, [&] {

@@ -2,14 +2,10 @@
 //
 // Some compilers build modules that die at the first prompt, and some virtual machines announce
 // instructions that they do not run. A child process that survives this has run the kernels.
+#include "cpu.h"
 #include "guard.h"
 
-#include "ggml-alloc.h"
-#include "ggml-backend.h"
-#include "ggml.h"
-
 #include <cmath>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,15 +14,6 @@ namespace {
 
 constexpr int64_t COLUMNS = 256;  // a multiple of every block size
 constexpr int64_t ROWS    = 64;   // enough for the tiled and repacked kernels
-
-struct Free {
-    void operator()(ggml_context * p) const { ggml_free(p); }
-    void operator()(ggml_backend * p) const { ggml_backend_free(p); }
-    void operator()(ggml_backend_buffer * p) const { ggml_backend_buffer_free(p); }
-    void operator()(ggml_gallocr * p) const { ggml_gallocr_free(p); }
-};
-template <class T>
-using Owned = std::unique_ptr<T, Free>;
 
 float weight(int64_t i) { return std::sin(0.37f * float(i)) * 0.5f; }
 

@@ -138,6 +138,37 @@ int ta_backend_load(const char * path, ta_error * error) TA_NOEXCEPT;
 // buffer that it offers. It dies where the module does: for a throw-away child process.
 int ta_probe_cpu(ta_error * error) TA_NOEXCEPT;
 
+// 1: the CPU module that is loaded was built with this (`AVX512_BF16`, …) and the processor has it.
+int ta_cpu_has(const char * feature, ta_error * error) TA_NOEXCEPT;
+
+// What all threads of this process have computed so far.
+double ta_cpu_seconds(void) TA_NOEXCEPT;
+
+// A stopwatch for attention on the CPU.
+typedef struct ta_attention ta_attention;
+
+typedef struct ta_attention_shape {
+    int32_t head_dim;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t n_ctx;  // cells of the cache
+} ta_attention_shape;
+
+typedef struct ta_attention_case {
+    bool    flash_attn;
+    int32_t kv_type;  // a ggml_type that is not quantised
+    int32_t rows;     // computed in one go
+    int32_t n_kv;     // cells that they look at, themselves included
+} ta_attention_case;
+
+int  ta_attention_new(const ta_attention_shape * shape, int32_t n_threads, ta_attention ** out,
+                      ta_error * error) TA_NOEXCEPT;
+void ta_attention_free(ta_attention * attention) TA_NOEXCEPT;
+
+// How long one layer takes. Calls are not to overlap.
+int ta_attention_time(ta_attention * attention, const ta_attention_case * what, double * seconds,
+                      ta_error * error) TA_NOEXCEPT;
+
 // For tests of this border.
 int ta_throw(ta_error * error) TA_NOEXCEPT;
 

@@ -15,6 +15,8 @@ pub struct ModelConfig {
     pub mmap: bool,
     pub mlock: bool,
     pub vocab_only: bool,
+    /// Lay weights out anew for the CPU: `None` does it where it pays.
+    pub repack: Option<bool>,
     /// For contexts made with [`Model::create_context`](crate::model::Model::create_context).
     pub context: ContextConfig,
 }
@@ -42,6 +44,7 @@ impl ModelConfig {
             mmap: true,
             mlock: false,
             vocab_only: false,
+            repack: None,
             context: ContextConfig::default(),
         })
     }
@@ -90,20 +93,58 @@ pub enum FlashAttention {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KvType {
+    Auto,
     F32,
     F16,
     Bf16,
     Q8_0,
 }
 
+impl FlashAttention {
+    pub const ALL: [FlashAttention; 3] =
+        [FlashAttention::Auto, FlashAttention::On, FlashAttention::Off];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            FlashAttention::Auto => "auto",
+            FlashAttention::On => "on",
+            FlashAttention::Off => "off",
+        }
+    }
+}
+
 impl KvType {
+    pub const ALL: [KvType; 5] =
+        [KvType::Auto, KvType::F16, KvType::Bf16, KvType::F32, KvType::Q8_0];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::Auto => "auto",
+            KvType::F16 => "f16",
+            KvType::Bf16 => "bf16",
+            KvType::F32 => "f32",
+            KvType::Q8_0 => "q8_0",
+        }
+    }
+
     /// Bytes of `elements` values, which are a multiple of the block size.
     pub fn bytes(self, elements: u64) -> u64 {
         match self {
             KvType::F32 => elements * 4,
-            KvType::F16 | KvType::Bf16 => elements * 2,
+            KvType::Auto | KvType::F16 | KvType::Bf16 => elements * 2,
             KvType::Q8_0 => elements / 32 * 34,
         }
+    }
+
+    /// Its number in ggml. What is still open is f16, as in llama.cpp.
+    pub(crate) fn ggml_type(self) -> i32 {
+        let number = match self {
+            KvType::F32 => llama_cpp_sys_2::GGML_TYPE_F32,
+            KvType::Auto | KvType::F16 => llama_cpp_sys_2::GGML_TYPE_F16,
+            KvType::Bf16 => llama_cpp_sys_2::GGML_TYPE_BF16,
+            KvType::Q8_0 => llama_cpp_sys_2::GGML_TYPE_Q8_0,
+        };
+        number as i32
     }
 }
 
@@ -117,7 +158,7 @@ impl Default for ContextConfig {
             queue_size: 1024,
             prompt_cache_mb: -1,
             flash_attn: FlashAttention::Auto,
-            kv_type: KvType::F16,
+            kv_type: KvType::Auto,
             offload_kqv: true,
             warmup: true,
         }

@@ -1,6 +1,7 @@
 //! What shim.h declares, and status + message → [`Error`]. The only `extern "C"` of ours.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::time::Duration;
 
 use llama_cpp_sys_2::{llama_model, llama_vocab};
 
@@ -54,6 +55,27 @@ pub(crate) struct ContextParams {
     pub offload_kqv: bool,
     pub abort: Option<unsafe extern "C" fn(*mut c_void) -> bool>,
     pub abort_data: *mut c_void,
+}
+
+#[repr(C)]
+pub(crate) struct ShimAttention {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
+pub(crate) struct AttentionShape {
+    pub head_dim: i32,
+    pub n_head: i32,
+    pub n_head_kv: i32,
+    pub n_ctx: i32,
+}
+
+#[repr(C)]
+pub(crate) struct AttentionCase {
+    pub flash_attn: bool,
+    pub kv_type: i32,
+    pub rows: i32,
+    pub n_kv: i32,
 }
 
 unsafe extern "C" {
@@ -175,6 +197,21 @@ unsafe extern "C" {
         text: *mut *const c_char,
         length: *mut usize,
     ) -> bool;
+    pub(crate) fn ta_attention_new(
+        shape: *const AttentionShape,
+        n_threads: i32,
+        out: *mut *mut ShimAttention,
+        error: *mut ShimError,
+    ) -> c_int;
+    pub(crate) fn ta_attention_free(attention: *mut ShimAttention);
+    pub(crate) fn ta_attention_time(
+        attention: *mut ShimAttention,
+        case: *const AttentionCase,
+        seconds: *mut f64,
+        error: *mut ShimError,
+    ) -> c_int;
+    fn ta_cpu_has(feature: *const c_char, error: *mut ShimError) -> c_int;
+    fn ta_cpu_seconds() -> f64;
     fn ta_backend_load(path: *const c_char, error: *mut ShimError) -> c_int;
     fn ta_probe_cpu(error: *mut ShimError) -> c_int;
     fn ta_throw(error: *mut ShimError) -> c_int;
@@ -210,6 +247,18 @@ pub(crate) fn load_backend(path: &CStr) -> Result<()> {
 pub(crate) fn probe_cpu() -> Result<()> {
     // SAFETY: no arguments of ours.
     call(|error| unsafe { ta_probe_cpu(error) }).map(drop)
+}
+
+/// Whether the CPU module that is loaded uses this feature of the processor.
+pub(crate) fn cpu_has(feature: &CStr) -> bool {
+    // SAFETY: a zero-terminated string that outlives the call.
+    call(|error| unsafe { ta_cpu_has(feature.as_ptr(), error) }).is_ok_and(|found| found == 1)
+}
+
+/// What all threads of this process have computed so far.
+pub(crate) fn cpu_time() -> Duration {
+    // SAFETY: no arguments.
+    Duration::from_secs_f64(unsafe { ta_cpu_seconds() }.max(0.0))
 }
 
 /// For tests: a C++ exception that must come back as an error.

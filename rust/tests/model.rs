@@ -190,6 +190,24 @@ fn what_cpp_throws_comes_back_as_an_error() {
     assert_eq!(error.to_string(), "internal error: llama.cpp threw: thrown on purpose");
 }
 
+#[test]
+fn weights_say_the_same_in_either_layout() {
+    let _alone = alone();
+    let answers = [None, Some(true), Some(false)].map(|repack| {
+        let model = Model::load(ModelConfig { repack, ..config(1) }).unwrap();
+        assert_eq!(model.is_repacked(), repack.unwrap_or(true));
+        ask(&model.create_context().unwrap(), PROMPT).unwrap()
+    });
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+}
+
+#[test]
+fn a_panic_while_loading_ends_the_load() {
+    let _alone = alone();
+    let error = Model::load_with(config(1), |_| panic!("on purpose")).err().unwrap();
+    assert!(matches!(error, Error::LoadCancelled { percent: 0, .. }), "{error}");
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn loading_and_unloading_again_and_again_keeps_no_memory() {

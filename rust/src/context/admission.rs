@@ -177,8 +177,9 @@ impl<R: Runner> Scheduler<R> {
             let sequence = &mut self.running[index];
             let Some((keep, drop)) = sequence.next_shift() else { continue };
             let slot = sequence.slot.expect("running sequences have slots");
-            if self.runner.shift(slot, keep, drop) {
-                sequence.shift(keep, drop);
+            let is_moved = self.runner.shift(slot, keep, drop);
+            if is_moved || self.runner.forget(slot, keep) {
+                sequence.shift(keep, drop, is_moved);
                 let held = self.slots.tokens(slot);
                 let held = held[..held.len().min(keep)].to_vec();
                 self.slots.hold(slot, &held);

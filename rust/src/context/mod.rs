@@ -2,6 +2,7 @@
 //! the work is done by its owner thread.
 
 mod admission;
+mod attention;
 mod budget;
 pub mod message;
 mod metrics;
@@ -24,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::config::{ContextConfig, GenerationConfig, Overflow};
+use crate::config::{ContextConfig, GenerationConfig, KvType, Overflow};
 use crate::error::{Error, Result};
 use crate::gguf::Description;
 use crate::hardware::cpu;
@@ -39,6 +40,7 @@ use scheduler::Scheduler;
 use sequence::dropped_at_once;
 use state::Kind;
 
+pub use attention::{ALL as ATTENTIONS, Attention, Heads, Options, Timing, measure};
 pub use budget::Budget;
 pub use metrics::{Distribution, Metrics, SlotView};
 pub use pace::Pace;
@@ -57,6 +59,7 @@ pub struct Context {
     shared: Arc<Shared>,
     limits: Limits,
     n_threads: u32,
+    attention: Attention,
     queue_size: usize,
     state_kind: Option<Kind>,
     process: u32,
@@ -94,11 +97,14 @@ impl Context {
             log::note(log::Level::Warning, line);
             config.n_ctx = trained;
         }
+        if let Some(options) = Options::of(&model, &config) {
+            let Attention { flash_attn, kv_type } = options.built_in();
+            config = ContextConfig { flash_attn, kv_type, ..config };
+        } else if config.kv_type == KvType::Auto {
+            config.kv_type = KvType::F16;
+        }
         let Plan { n_seq_max, prompt_cache_bytes } = Plan::new(&model, &config)?;
-        let n_threads = match config.n_threads {
-            0 => cpu::default_threads() as u32,
-            n => n.min(std::thread::available_parallelism().map_or(1, usize::from) as u32),
-        };
+        let n_threads = threads_of(&config);
         let interrupt = Interrupt::default();
         let weak = Arc::downgrade(&model);
         let state_kind = Kind::of(&model, &config, n_seq_max);
@@ -111,6 +117,7 @@ impl Context {
         context.model = weak;
         context.state_kind = Some(state_kind);
         context.n_threads = n_threads;
+        context.attention = Attention { flash_attn: config.flash_attn, kv_type: config.kv_type };
         Ok(context)
     }
 
@@ -141,6 +148,7 @@ impl Context {
             shared,
             limits,
             n_threads: 1,
+            attention: attention::ALL[0],
             queue_size: capacity.queue_size,
             state_kind: None,
             process: std::process::id(),
@@ -236,6 +244,11 @@ impl Context {
 
     pub fn n_threads(&self) -> u32 {
         self.n_threads
+    }
+
+    /// What it computes with. Flash attention may still be automatic: llama.cpp's to choose.
+    pub fn attention(&self) -> Attention {
+        self.attention
     }
 
     pub fn model(&self) -> Result<Arc<Model>> {
@@ -464,6 +477,13 @@ fn check_generates(description: &Description) -> Result<()> {
         _ => return Ok(()),
     };
     Err(Error::UnsupportedModel { path: description.path.clone(), what: what.into() })
+}
+
+fn threads_of(config: &ContextConfig) -> u32 {
+    match config.n_threads {
+        0 => cpu::default_threads() as u32,
+        n => n.min(std::thread::available_parallelism().map_or(1, usize::from) as u32),
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -34,7 +34,7 @@ pub trait Runner {
     /// Makes the slot hold what was saved; false leaves it empty.
     fn restore(&mut self, slot: usize, state: &[u8]) -> bool;
     /// Forgets `drop` tokens after the first `keep`, and moves the rest up. Only where
-    /// `Limits::can_shift` says so.
+    /// `Limits::can_shift` says so. False: it can only be computed again from there on.
     fn shift(&mut self, slot: usize, keep: usize, drop: usize) -> bool;
     /// How many prompt tokens the next step should have, beside so many who generate, when so many
     /// wait to be read.
@@ -122,6 +122,7 @@ pub struct LlamaRunner {
     /// As llama.cpp was told last.
     n_threads: u32,
     may_give_up: bool,
+    has_bf16_keys: bool,
     /// Whether it computes on the threads that it shares with other contexts.
     takes_turns: bool,
     // The context points to these; they go after it.
@@ -165,12 +166,7 @@ impl LlamaRunner {
                 FlashAttention::Off => 0,
                 FlashAttention::On => 1,
             },
-            kv_type: match config.kv_type {
-                KvType::F32 => llama_cpp_sys_2::GGML_TYPE_F32 as i32,
-                KvType::F16 => llama_cpp_sys_2::GGML_TYPE_F16 as i32,
-                KvType::Bf16 => llama_cpp_sys_2::GGML_TYPE_BF16 as i32,
-                KvType::Q8_0 => llama_cpp_sys_2::GGML_TYPE_Q8_0 as i32,
-            },
+            kv_type: config.kv_type.ggml_type(),
             pool: pool.as_ref().map_or(std::ptr::null_mut(), |pool| pool.as_ptr()),
             kv_unified: false,
             offload_kqv: config.offload_kqv,
@@ -208,6 +204,7 @@ impl LlamaRunner {
             budget: Budget::new(limits.n_batch),
             n_threads,
             // After an interruption a part of each sequence is forgotten, which this kind cannot.
+            has_bf16_keys: config.kv_type == KvType::Bf16,
             may_give_up: !model.description().is_recurrent,
             takes_turns,
             _pool: pool,
@@ -355,8 +352,12 @@ impl Runner for LlamaRunner {
     }
 
     fn shift(&mut self, slot: usize, keep: usize, drop: usize) -> bool {
+        // To move keys they are rotated, and ggml answers the rotation of bf16 with an abort.
         // SAFETY: one of the context's own sequences; the shim asks whether it can.
-        unsafe { ffi::ta_sequence_shift(self.context, slot as i32, keep as i32, drop as i32) }
+        !self.has_bf16_keys
+            && unsafe {
+                ffi::ta_sequence_shift(self.context, slot as i32, keep as i32, drop as i32)
+            }
     }
 
     fn prompt_rows(&self, num_generating: usize, num_prompts: usize) -> usize {

@@ -153,11 +153,12 @@ impl Sequence {
         (self.shifts && self.is_full()).then(|| (self.keep, dropped_at_once(self.n_ctx, self.keep)))
     }
 
-    pub fn shift(&mut self, keep: usize, drop: usize) {
+    /// What comes after the gap was moved in the memory, or is to be computed again.
+    pub fn shift(&mut self, keep: usize, drop: usize, is_moved: bool) {
         self.tokens.drain(keep..keep + drop);
-        self.computed -= drop;
+        self.computed = if is_moved { self.computed - drop } else { keep };
         self.dropped += drop;
-        self.is_shifted = true;
+        self.is_shifted |= is_moved;
     }
 
     /// Takes the next token from the logits. `Some` says that it was the last step.

@@ -24,6 +24,7 @@ pub struct Model {
     config: ModelConfig,
     description: Description,
     gpu_layers: u32,
+    is_repacked: bool,
     load_time: Duration,
     /// A forked child has the memory but none of the threads.
     process: u32,
@@ -110,6 +111,11 @@ impl Model {
     /// How many layers really lie on a GPU.
     pub fn gpu_layers(&self) -> u32 {
         self.gpu_layers
+    }
+
+    /// Whether weights may lie in another layout than the file's, where the CPU has one for them.
+    pub fn is_repacked(&self) -> bool {
+        self.is_repacked
     }
 
     pub fn load_time(&self) -> Duration {

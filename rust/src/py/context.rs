@@ -79,6 +79,16 @@ impl PyContext {
         self.context.n_threads()
     }
 
+    #[getter]
+    fn flash_attn(&self) -> &'static str {
+        self.context.attention().flash_attn.name()
+    }
+
+    #[getter]
+    fn kv_type(&self) -> &'static str {
+        self.context.attention().kv_type.name()
+    }
+
     #[pyo3(signature = (text, add_bos=true, special=false))]
     fn tokenize(
         &self,

@@ -7,10 +7,12 @@ mod error;
 mod model;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::context::{Heads, measure};
 use crate::hardware::{self, cpu, memory, modules};
 use crate::{ffi, gguf, log, model as core};
 use convert::guarded;
@@ -27,7 +29,7 @@ mod _core {
     #[pymodule_export]
     use super::{
         cpu_modules, detect_cpu, get_cpu_variant, get_optimal_binary, inject, inspect_gguf,
-        probe_cpu_module, process_rss_mb, start, stop_log, take_log,
+        measure_attention, probe_cpu_module, process_rss_mb, start, stop_log, take_log,
     };
 
     #[pymodule_init]
@@ -58,6 +60,29 @@ fn cpu_modules(py: Python<'_>, folder: &str) -> PyResult<Vec<(String, i32)>> {
 #[pyfunction]
 fn probe_cpu_module(py: Python<'_>, folder: &str, module: &str) -> PyResult<()> {
     guarded(py, || core::probe(Path::new(folder), module))
+}
+
+/// Microseconds of one layer for a token of a prompt and for one of the answer, by choice.
+#[pyfunction]
+fn measure_attention<'py>(
+    py: Python<'py>,
+    head_dim: u32,
+    n_head: u32,
+    n_head_kv: u32,
+    n_ctx: u32,
+    n_threads: u32,
+) -> PyResult<Option<Bound<'py, PyDict>>> {
+    let heads = Heads { dim: head_dim, count: n_head, count_kv: n_head_kv };
+    let Some(measured) = guarded(py, || measure(heads, n_ctx, n_threads))? else {
+        return Ok(None);
+    };
+    let times = PyDict::new(py);
+    for timing in measured {
+        let choice = (timing.attention.flash_attn.name(), timing.attention.kv_type.name());
+        let micros = |time: Duration| time.as_secs_f64() * 1e6;
+        times.set_item(choice, (micros(timing.prompt_token), micros(timing.answer_token)))?;
+    }
+    Ok(Some(times))
 }
 
 #[pyfunction]

@@ -13,6 +13,7 @@ use super::convert::{self, guarded};
 use super::error::exception;
 use crate::chat::Chat;
 use crate::config::{ContextConfig, FlashAttention, KvType, ModelConfig, SplitMode};
+use crate::context::{Attention, Heads, Options};
 use crate::error::{Error, Result};
 use crate::hardware::memory;
 use crate::model::{Model, backend_devices, return_free_memory};
@@ -35,7 +36,7 @@ impl PyModel {
 
     #[pyo3(signature = (model_path=None, *, dll_path=None, gpu_layers=0, mlock=false, mmap=true,
         main_gpu=0, vocab_only=false, split_mode="layer", progress=None, library_path=None,
-        n_gpu_layers=None, use_mlock=None))]
+        n_gpu_layers=None, use_mlock=None, repack=None))]
     #[allow(clippy::too_many_arguments)] // the seed's signature
     fn load(
         &self,
@@ -52,6 +53,7 @@ impl PyModel {
         library_path: Option<&Bound<'_, PyAny>>,
         n_gpu_layers: Option<i32>,
         use_mlock: Option<bool>,
+        repack: Option<bool>,
     ) -> PyResult<()> {
         if dll_path.is_some() || library_path.is_some() {
             let message =
@@ -70,6 +72,7 @@ impl PyModel {
             mlock: use_mlock.unwrap_or(mlock),
             vocab_only,
             split_mode: self::split_mode(split_mode)?,
+            repack,
             ..guarded(py, move || ModelConfig::new(model_path_of(model_path)?))?
         };
         self.drop_model(py); // the old one's memory is free before the new one needs its own
@@ -128,6 +131,11 @@ impl PyModel {
         let on_gpu = self.model()?.gpu_layers() > 0;
         let gpu = backend_devices().into_iter().find(|device| on_gpu && device.is_gpu);
         Ok(gpu.map_or_else(|| "cpu".into(), |device| device.name))
+    }
+
+    #[getter]
+    fn is_repacked(&self) -> PyResult<bool> {
+        Ok(self.model()?.is_repacked())
     }
 
     #[getter]
@@ -242,7 +250,7 @@ impl PyModel {
     }
 
     #[pyo3(signature = (n_ctx=4096, n_batch=512, n_threads=0, *, n_seq_max=0, queue_size=1024,
-        prompt_cache_mb=-1, flash_attn="auto", kv_type="f16", offload_kqv=true, warmup=true))]
+        prompt_cache_mb=-1, flash_attn="auto", kv_type="auto", offload_kqv=true, warmup=true))]
     #[allow(clippy::too_many_arguments)] // a keyword each
     fn create_context(
         &self,
@@ -271,6 +279,7 @@ impl PyModel {
             warmup,
         };
         let model = self.model()?;
+        let config = tuned(py, &model, config)?;
         let context = guarded(py, || model.create_context_with(&config))?;
         Ok(PyContext::new(context))
     }
@@ -323,6 +332,7 @@ impl PyModel {
         }
         let model = self.model()?;
         let config = ContextConfig { n_seq_max: 1, ..ContextConfig::default() };
+        let config = tuned(py, &model, config)?;
         let context = guarded(py, || model.create_context_with(&config))?;
         let context = Py::new(py, PyContext::new(context))?;
         *lock(&self.own_context) = Some(context.clone_ref(py));
@@ -346,6 +356,27 @@ fn said_go_on(progress: Option<&Py<PyAny>>, fraction: f32) -> PyResult<bool> {
     })
 }
 
+/// Settles what the config leaves open about attention, from what was measured on this machine.
+fn tuned(py: Python<'_>, model: &Arc<Model>, config: ContextConfig) -> PyResult<ContextConfig> {
+    config.validate().map_err(|error| exception(&error))?;
+    let Some(options) = guarded(py, || Ok(Options::of(model, &config)))? else {
+        return Ok(config);
+    };
+    let names = |choice: Attention| (choice.flash_attn.name(), choice.kv_type.name());
+    let choices: Vec<_> = options.choices.iter().copied().map(names).collect();
+    let Heads { dim, count, count_kv } = options.heads;
+    let work = (dim, count, count_kv, options.n_ctx, options.n_threads);
+    let chosen = py
+        .import("tabagent_model._attention")?
+        .call_method1("choose", (work, choices, names(options.built_in())))?;
+    let (flash_attn, kv_type): (String, String) = chosen.extract()?;
+    Ok(ContextConfig {
+        flash_attn: self::flash_attn(&flash_attn)?,
+        kv_type: self::kv_type(&kv_type)?,
+        ..config
+    })
+}
+
 fn model_path_of(path: Option<PathBuf>) -> Result<PathBuf> {
     path.ok_or_else(|| Error::invalid("model_path", "nothing", "the path of a GGUF file"))
 }
@@ -360,22 +391,17 @@ fn split_mode(name: &str) -> PyResult<SplitMode> {
 }
 
 fn flash_attn(name: &str) -> PyResult<FlashAttention> {
-    match name {
-        "auto" => Ok(FlashAttention::Auto),
-        "on" => Ok(FlashAttention::On),
-        "off" => Ok(FlashAttention::Off),
-        _ => Err(exception(&Error::invalid("flash_attn", name, "`auto`, `on` or `off`"))),
-    }
+    FlashAttention::ALL
+        .into_iter()
+        .find(|known| known.name() == name)
+        .ok_or_else(|| exception(&Error::invalid("flash_attn", name, "`auto`, `on` or `off`")))
 }
 
 fn kv_type(name: &str) -> PyResult<KvType> {
-    match name {
-        "f32" => Ok(KvType::F32),
-        "f16" => Ok(KvType::F16),
-        "bf16" => Ok(KvType::Bf16),
-        "q8_0" => Ok(KvType::Q8_0),
-        _ => Err(exception(&Error::invalid("kv_type", name, "`f32`, `f16`, `bf16` or `q8_0`"))),
-    }
+    KvType::ALL.into_iter().find(|known| known.name() == name).ok_or_else(|| {
+        let allowed = "`auto`, `f16`, `bf16`, `f32` or `q8_0`";
+        exception(&Error::invalid("kv_type", name, allowed))
+    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,0 +1,266 @@
+//! Which attention a context computes with: flash attention or the plain one, over which type of cache.
+//!
+//! No choice is best everywhere: it depends on the processor, its module, the shape of the heads and
+//! the depth, and the slowest takes several times as long as the fastest. So it is measured. What was
+//! measured is remembered, and compared, in Python (`_attention.py`); without it there is a built-in
+//! rule.
+
+use std::time::{Duration, Instant};
+
+use super::plan::Plan;
+use super::pool::Turn;
+use super::runner::N_CTX_STEP;
+use super::threads_of;
+use crate::config::{ContextConfig, FlashAttention, KvType};
+use crate::error::{Error, Result};
+use crate::ffi::{self, AttentionCase, AttentionShape};
+use crate::hardware::memory;
+use crate::model::Model;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attention {
+    pub flash_attn: FlashAttention,
+    pub kv_type: KvType,
+}
+
+/// All that keep the quality of llama.cpp's own choice, which is the first.
+///
+/// Flash attention comes with f16 only: for it, llama.cpp turns an f32 cache into f16 at every step,
+/// and computes a bf16 one without its fast paths, three to six times slower in prompts wherever we
+/// looked.
+pub const ALL: [Attention; 4] = [
+    Attention { flash_attn: FlashAttention::On, kv_type: KvType::F16 },
+    Attention { flash_attn: FlashAttention::Off, kv_type: KvType::F16 },
+    PLAIN_BF16,
+    Attention { flash_attn: FlashAttention::Off, kv_type: KvType::F32 },
+];
+const PLAIN_BF16: Attention = Attention { flash_attn: FlashAttention::Off, kv_type: KvType::Bf16 };
+
+/// The scores of a step without flash attention take at most this share of the free memory.
+const SHARE_OF_FREE_MEMORY: u64 = 8;
+
+/// What a context leaves open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    pub heads: Heads,
+    /// The depth that is measured for: a power of two.
+    pub n_ctx: u32,
+    pub n_threads: u32,
+    /// Those to choose from, llama.cpp's own choice first.
+    pub choices: Vec<Attention>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    pub dim: u32,
+    pub count: u32,
+    pub count_kv: u32,
+}
+
+impl Options {
+    /// None: nothing is open, or it is llama.cpp's to choose: on a GPU, or where attention is of a
+    /// kind that is not measured here.
+    pub fn of(model: &Model, config: &ContextConfig) -> Option<Options> {
+        let is_open = config.flash_attn == FlashAttention::Auto || config.kv_type == KvType::Auto;
+        if !is_open || model.gpu_layers() > 0 {
+            return None;
+        }
+        let heads = Heads::of(model)?;
+        let n_ctx = match model.context_train_size() {
+            0 => config.n_ctx,
+            trained => config.n_ctx.min(trained),
+        };
+        let choices = ALL.into_iter().filter(|choice| {
+            let agrees = choice.agrees_with(config);
+            agrees && choice.fits(model, &ContextConfig { n_ctx, ..config.clone() }, heads)
+        });
+        let choices: Vec<Attention> = choices.collect();
+        let n_threads = threads_of(config);
+        (!choices.is_empty()).then(|| Options { heads, n_ctx: depth(n_ctx), n_threads, choices })
+    }
+
+    /// Without a measurement: llama.cpp's own choice, unless the CPU module multiplies bf16
+    /// natively. On both processors that were looked at and do, plain attention over a cache of bf16
+    /// decoded 1.4 to 2.6 times as fast at depth, and read prompts a few percent slower.
+    pub fn built_in(&self) -> Attention {
+        let has_bf16 = ffi::cpu_has(c"AVX512_BF16");
+        match self.choices.contains(&PLAIN_BF16) && has_bf16 {
+            true => PLAIN_BF16,
+            false => self.choices[0],
+        }
+    }
+}
+
+impl Heads {
+    fn of(model: &Model) -> Option<Heads> {
+        let description = model.description();
+        let caps_scores =
+            || model.metadata().iter().any(|(key, _)| key.ends_with(".attn_logit_softcapping"));
+        let is_usual = description.n_head > 0
+            && description.n_head_kv > 0
+            && description.head_dim_k == description.head_dim_v
+            && description.architecture != "grok"
+            && !caps_scores();
+        is_usual.then_some(Heads {
+            dim: description.head_dim_k,
+            count: description.n_head,
+            count_kv: description.n_head_kv,
+        })
+    }
+
+    /// Refuses what ggml would answer with an abort.
+    fn check(self) -> Result<Heads> {
+        let Heads { dim, count, count_kv } = self;
+        let is_sound =
+            [dim, count, count_kv].iter().all(|n| (1..=4096).contains(n)) && count % count_kv == 0;
+        let allowed = "1 to 4096 each, the second a multiple of the third";
+        let shown = || format!("{dim}, {count}, {count_kv}");
+        is_sound.then_some(self).ok_or_else(|| Error::invalid("heads", shown(), allowed))
+    }
+}
+
+impl Attention {
+    fn agrees_with(self, config: &ContextConfig) -> bool {
+        let Attention { flash_attn, kv_type } = self;
+        (config.flash_attn == FlashAttention::Auto || config.flash_attn == flash_attn)
+            && (config.kv_type == KvType::Auto || config.kv_type == kv_type)
+    }
+
+    /// Nobody gets fewer sequences, or runs out of memory, for the sake of a choice of ours.
+    fn fits(self, model: &Model, config: &ContextConfig, heads: Heads) -> bool {
+        let sequences = |kv_type| {
+            let config = ContextConfig { kv_type, ..config.clone() };
+            Plan::new(model, &config).ok().map(|plan| plan.n_seq_max)
+        };
+        let same_sequences =
+            self.kv_type == config.kv_type || sequences(self.kv_type) == sequences(KvType::F16);
+        let rows = u64::from(config.n_batch.min(512));
+        let cells = u64::from(config.n_ctx.next_multiple_of(N_CTX_STEP));
+        let scores = rows * cells * u64::from(heads.count) * 4;
+        let has_room = config.flash_attn == self.flash_attn
+            || self.flash_attn == FlashAttention::On
+            || memory::available_bytes().is_none_or(|free| scores <= free / SHARE_OF_FREE_MEMORY);
+        same_sequences && has_room
+    }
+}
+
+/// Beyond the largest of them everything grows evenly, and measuring would only take longer.
+fn depth(n_ctx: u32) -> u32 {
+    n_ctx.clamp(512, 4096).next_power_of_two()
+}
+
+/// How long the attention of one layer takes: of one token of a prompt, and of one of the answer.
+///
+/// Both grow with the depth, and evenly enough that one look at the mean depth of a typical use is
+/// enough: a prompt of half the context, then an answer of a quarter.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Timing {
+    pub attention: Attention,
+    pub prompt_token: Duration,
+    pub answer_token: Duration,
+}
+
+/// Rows of a piece of a prompt. With fewer, the scores would stay in the processor's caches, where
+/// those of a real step find no room.
+const ROWS: u32 = 256;
+
+/// Windows without a neighbour are enough when there were so many, and hopeless after so many others.
+const NUM_CALM: u32 = 3;
+const NUM_BUSY: u32 = 3;
+const WINDOW: Duration = Duration::from_millis(60);
+const BUDGET: Duration = Duration::from_millis(900);
+/// With less CPU time than this share of what the threads could have had, somebody else had it.
+const CALM: f64 = 0.9;
+
+/// Times every attention on the CPU, in about a second at most. None: the machine was busy.
+pub fn measure(heads: Heads, n_ctx: u32, n_threads: u32) -> Result<Option<Vec<Timing>>> {
+    let n_threads = n_threads.clamp(1, 512);
+    let mut stopwatch = Stopwatch::new(heads.check()?, depth(n_ctx), n_threads)?;
+    let mut least = ALL.map(Timing::unknown);
+    let (mut num_calm, mut num_busy) = (0, 0);
+    let begun = Instant::now();
+    while num_calm < NUM_CALM && num_busy < NUM_BUSY && begun.elapsed() < BUDGET {
+        match stopwatch.window(least, n_threads)? {
+            Some(seen) => (least, num_calm) = (seen, num_calm + 1),
+            None => num_busy += 1,
+        }
+    }
+    Ok((num_calm > 0).then(|| least.to_vec()))
+}
+
+impl Timing {
+    fn unknown(attention: Attention) -> Timing {
+        Timing { attention, prompt_token: Duration::MAX, answer_token: Duration::MAX }
+    }
+}
+
+struct Stopwatch {
+    attention: *mut ffi::ShimAttention,
+    n_ctx: u32,
+}
+
+impl Stopwatch {
+    fn new(heads: Heads, n_ctx: u32, n_threads: u32) -> Result<Stopwatch> {
+        let shape = AttentionShape {
+            head_dim: heads.dim as i32,
+            n_head: heads.count as i32,
+            n_head_kv: heads.count_kv as i32,
+            n_ctx: n_ctx as i32,
+        };
+        let mut attention = std::ptr::null_mut();
+        // SAFETY: plain values in, and a pointer of ours for what is made.
+        ffi::call(|error| unsafe {
+            ffi::ta_attention_new(&shape, n_threads as i32, &mut attention, error)
+        })?;
+        Ok(Stopwatch { attention, n_ctx })
+    }
+
+    /// All of them in turns, so that what comes and goes meets each. None: somebody else came.
+    fn window(&mut self, mut least: [Timing; 4], n_threads: u32) -> Result<Option<[Timing; 4]>> {
+        let (cpu, wall) = (ffi::cpu_time(), Instant::now());
+        while wall.elapsed() < WINDOW {
+            for timing in &mut least {
+                self.time(timing)?;
+                let (cpu, wall) = (ffi::cpu_time() - cpu, wall.elapsed());
+                let possible = wall.as_secs_f64() * f64::from(n_threads);
+                // The kernel counts in ticks, so the beginning says nothing.
+                if wall >= WINDOW && cpu.as_secs_f64() < CALM * possible {
+                    return Ok(None);
+                }
+            }
+        }
+        Ok(Some(least))
+    }
+
+    /// Keeps the least of what was seen before and now.
+    fn time(&mut self, timing: &mut Timing) -> Result<()> {
+        let prompt = self.look(timing.attention, ROWS, self.n_ctx / 4)? / ROWS;
+        let answer = self.look(timing.attention, 1, self.n_ctx / 8 * 5)?;
+        timing.prompt_token = timing.prompt_token.min(prompt);
+        timing.answer_token = timing.answer_token.min(answer);
+        Ok(())
+    }
+
+    fn look(&mut self, attention: Attention, rows: u32, depth: u32) -> Result<Duration> {
+        let case = AttentionCase {
+            flash_attn: attention.flash_attn == FlashAttention::On,
+            kv_type: attention.kv_type.ggml_type(),
+            rows: rows as i32,
+            n_kv: depth.next_multiple_of(N_CTX_STEP) as i32,
+        };
+        let mut seconds = 0.0;
+        let _turn = Turn::take(); // contexts that compute meanwhile are no disturbance
+        // SAFETY: the stopwatch is alive, and the cells that are looked at are among its own.
+        ffi::call(|error| unsafe {
+            ffi::ta_attention_time(self.attention, &case, &mut seconds, error)
+        })?;
+        Ok(Duration::from_secs_f64(seconds))
+    }
+}
+
+impl Drop for Stopwatch {
+    fn drop(&mut self) {
+        // SAFETY: nobody else has it.
+        unsafe { ffi::ta_attention_free(self.attention) }
+    }
+}
