@@ -66,6 +66,6 @@ fn compile_shim(llama: &Path) {
         .std("c++17")
         .pic(true)
         .warnings(true)
-        .files(["rust/shim/llama.cpp", "rust/shim/probe.cpp"])
+        .files(["rust/shim/llama.cpp", "rust/shim/probe.cpp", "rust/shim/samplers.cpp"])
         .compile("tabagent_shim");
 }

@@ -2,6 +2,7 @@
 //! distributions small enough to compute by hand.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use tabagent_model::config::GenerationConfig;
 use tabagent_model::context::Sampler;
@@ -30,19 +31,25 @@ fn logits(probabilities: &[f32]) -> Vec<f32> {
     probabilities.iter().map(|p| p.ln().max(-80.0)).collect()
 }
 
+fn sampler(config: GenerationConfig) -> Sampler {
+    config.validate().unwrap();
+    Sampler::new(config, Arc::default(), N_CTX)
+}
+
 fn sample(config: GenerationConfig, prompt: &[i32], row: &[f32], banned: &[i32]) -> i32 {
-    Sampler::new(config, prompt, N_CTX).sample(row, banned).unwrap()
+    sampler(config).sample(row, prompt, banned.iter().copied()).unwrap()
 }
 
 const DRAWS: usize = 10_000;
 
 /// How often each token comes, in hundredths, without those that never do.
 fn frequencies(config: GenerationConfig, row: &[f32], banned: &[i32]) -> BTreeMap<i32, i64> {
-    // Without a memory the penalties cannot change the row between the draws.
-    let mut sampler = Sampler::new(GenerationConfig { penalty_last_n: 0, ..config }, &[], N_CTX);
+    let mut sampler = sampler(config);
     let mut counts = BTreeMap::new();
     for _ in 0..DRAWS {
-        *counts.entry(sampler.sample(row, banned).unwrap()).or_insert(0usize) += 1;
+        *counts
+            .entry(sampler.sample(row, &[], banned.iter().copied()).unwrap())
+            .or_insert(0usize) += 1;
     }
     let percent = |count: usize| (count as f64 * 100.0 / DRAWS as f64).round() as i64;
     counts.into_iter().map(|(token, count)| (token, percent(count))).collect()
@@ -163,7 +170,7 @@ fn banned_tokens_never_come() {
 #[test]
 fn with_everything_banned_there_is_an_error_and_no_panic() {
     for config in [plain(), greedy(), GenerationConfig { top_k: 1, ..plain() }] {
-        let error = Sampler::new(config, &[], N_CTX).sample(&[1.0, 2.0], &[0, 1]).unwrap_err();
+        let error = sampler(config).sample(&[1.0, 2.0], &[], [0, 1]).unwrap_err();
         assert_eq!(error.to_string(), "sampling failed: no token is left to choose from");
     }
 }
@@ -172,8 +179,8 @@ fn with_everything_banned_there_is_an_error_and_no_panic() {
 fn the_same_seed_gives_the_same_tokens() {
     let row = vec![0.0; 50];
     let draws = |seed| {
-        let mut sampler = Sampler::new(GenerationConfig { seed, ..plain() }, &[], N_CTX);
-        let tokens: Vec<i32> = (0..20).map(|_| sampler.sample(&row, &[]).unwrap()).collect();
+        let mut sampler = sampler(GenerationConfig { seed, ..plain() });
+        let tokens: Vec<i32> = (0..20).map(|_| sampler.sample(&row, &[], []).unwrap()).collect();
         (tokens, sampler.seed())
     };
     assert_eq!(draws(7), draws(7));
@@ -186,8 +193,7 @@ fn the_same_seed_gives_the_same_tokens() {
 
 #[test]
 fn what_are_no_numbers_is_refused() {
-    let error =
-        |row: &[f32]| Sampler::new(plain(), &[], N_CTX).sample(row, &[]).unwrap_err().to_string();
+    let error = |row: &[f32]| sampler(plain()).sample(row, &[], []).unwrap_err().to_string();
     let expected = "internal error: non-finite logits; the weights or the context are broken";
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         assert_eq!(error(&[0.0, bad, 1.0]), expected);
@@ -237,8 +243,11 @@ fn the_penalties_look_back_a_limited_way() {
 #[test]
 fn what_was_sampled_is_remembered_and_forgotten_again() {
     let config = GenerationConfig { presence_penalty: 2.0, penalty_last_n: 2, ..greedy() };
-    let mut sampler = Sampler::new(config, &[], N_CTX);
-    let tokens: Vec<i32> = (0..7).map(|_| sampler.sample(&[3.0, 2.9, 2.8], &[]).unwrap()).collect();
+    let mut sampler = sampler(config);
+    let mut tokens = Vec::new();
+    for _ in 0..7 {
+        tokens.push(sampler.sample(&[3.0, 2.9, 2.8], &tokens, []).unwrap());
+    }
     assert_eq!(tokens, [0, 1, 2, 0, 1, 2, 0]);
 }
 
@@ -260,9 +269,9 @@ fn extreme_settings_give_a_token_and_no_panic() {
         for row in [[f32::MAX, f32::MIN, 0.0], [-0.0, 0.0, 1e-45], [1e30, -1e30, 1.0]] {
             let config = config.clone();
             config.validate().unwrap();
-            let mut sampler = Sampler::new(config, &[0, 1, 2], N_CTX);
+            let mut sampler = sampler(config);
             for _ in 0..10 {
-                assert!((0..3).contains(&sampler.sample(&row, &[]).unwrap()));
+                assert!((0..3).contains(&sampler.sample(&row, &[0, 1, 2], []).unwrap()));
             }
         }
     }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::sampler::Breakers;
 use crate::config::GenerationConfig;
 use crate::error::Error;
 
@@ -21,6 +22,8 @@ pub struct Request {
     pub id: u64,
     pub prompt: Vec<i32>,
     pub config: GenerationConfig,
+    /// Of the strings in the config.
+    pub breakers: Arc<Breakers>,
     pub submitted: Instant,
     /// Where its events go: the context's own outbox, or that of a caller who waits for it alone.
     pub outbox: Arc<Outbox>,
@@ -43,6 +46,22 @@ pub struct End {
     pub stop: Option<String>,
     pub error: Option<Error>,
     pub stats: Stats,
+    /// For each token, where they were asked for.
+    pub logprobs: Vec<TokenLogprobs>,
+}
+
+/// What the model thought of a chosen token and of the likeliest ones, before any sampler.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    pub chosen: Logprob,
+    pub top: Vec<Logprob>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logprob {
+    pub token: i32,
+    pub text: String,
+    pub logprob: f32,
 }
 
 impl PartialEq for End {

@@ -25,6 +25,10 @@ pub trait Runner {
     fn can_copy(&self) -> bool;
     fn copy(&mut self, from: usize, to: usize) -> bool;
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()>;
+    /// As `piece`, but control tokens are written out, too.
+    fn name(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
+        self.piece(token, out)
+    }
     fn end_tokens(&self) -> Vec<i32>;
 }
 
@@ -286,6 +290,10 @@ impl Runner for LlamaRunner {
 
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
         self.model.vocabulary().piece(token, false, out)
+    }
+
+    fn name(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
+        self.model.vocabulary().piece(token, true, out)
     }
 
     fn end_tokens(&self) -> Vec<i32> {

@@ -252,8 +252,7 @@ impl<R: Runner> Scheduler<R> {
                     continue;
                 }
             };
-            let piece = |token, out: &mut Vec<u8>| self.runner.piece(token, out);
-            match sequence.advance(logits, &self.end_tokens, piece, now) {
+            match sequence.advance(logits, &self.end_tokens, &self.runner, now) {
                 Some(ending) => ended.push((index, ending)),
                 None => {
                     let news = sequence.take_news();

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::message::{End, Event, FinishReason, Outbox, Request, Stats};
+use super::message::{End, Event, FinishReason, Logprob, Outbox, Request, Stats, TokenLogprobs};
+use super::runner::Runner;
 use super::sampler::Sampler;
 use super::text::TextStream;
 use crate::config::Priority;
@@ -25,8 +26,10 @@ pub struct Sequence {
     max_tokens: usize,
     min_tokens: usize,
     ignores_end: bool,
+    stop_tokens: Vec<i32>,
     n_ctx: usize,
     sampler: Sampler,
+    logprobs: Vec<TokenLogprobs>,
     text: TextStream,
     news: Event,
     deadline: Option<Instant>,
@@ -42,7 +45,7 @@ struct Times {
 
 impl Sequence {
     pub fn new(request: Request, n_ctx: usize) -> Sequence {
-        let Request { id, prompt, mut config, submitted, outbox } = request;
+        let Request { id, prompt, mut config, breakers, submitted, outbox } = request;
         let stops = std::mem::take(&mut config.stop);
         Sequence {
             id,
@@ -54,8 +57,10 @@ impl Sequence {
             max_tokens: usize::try_from(config.max_tokens).unwrap_or(usize::MAX),
             min_tokens: config.min_tokens as usize,
             ignores_end: config.ignore_eos,
+            stop_tokens: std::mem::take(&mut config.stop_tokens),
             deadline: config.timeout.and_then(|timeout| submitted.checked_add(timeout)),
-            sampler: Sampler::new(config, &prompt, n_ctx),
+            sampler: Sampler::new(config, breakers, n_ctx),
+            logprobs: Vec::new(),
             tokens: prompt,
             n_ctx,
             text: TextStream::new(stops),
@@ -109,23 +114,35 @@ impl Sequence {
         &mut self,
         logits: &[f32],
         end_tokens: &[i32],
-        piece: impl FnOnce(i32, &mut Vec<u8>) -> crate::error::Result<()>,
+        runner: &impl Runner,
         now: Instant,
     ) -> Option<Ending> {
-        let may_end = !self.ignores_end && self.num_generated() >= self.min_tokens;
-        let banned = if may_end { &[] } else { end_tokens };
-        let token = match self.sampler.sample(logits, banned) {
+        let is_early = self.num_generated() < self.min_tokens;
+        let ends: &[i32] = if is_early || self.ignores_end { end_tokens } else { &[] };
+        let stops: &[i32] = if is_early { &self.stop_tokens } else { &[] };
+        let banned = ends.iter().chain(stops).copied();
+        let token = match self.sampler.sample(logits, &self.tokens, banned) {
             Ok(token) => token,
             Err(error) => return Some(Ending::Failed(error)),
         };
         self.times.first_token.get_or_insert(now);
-        if end_tokens.contains(&token) {
+        if end_tokens.contains(&token) || self.stop_tokens.contains(&token) {
             return Some(Ending::Stop(None));
+        }
+        if let Some((logprob, top)) = self.sampler.logprobs(logits, token) {
+            let with_text = |(token, logprob)| {
+                let mut text = Vec::new();
+                let _ = runner.name(token, &mut text); // a token without text is shown by its id
+                let text = String::from_utf8_lossy(&text).into_owned();
+                Logprob { token, text, logprob }
+            };
+            let top = top.into_iter().map(with_text).collect();
+            self.logprobs.push(TokenLogprobs { chosen: with_text((token, logprob)), top });
         }
         self.tokens.push(token);
         self.news.tokens.push(token);
         let mut bytes = Vec::with_capacity(16);
-        if let Err(error) = piece(token, &mut bytes) {
+        if let Err(error) = runner.piece(token, &mut bytes) {
             return Some(Ending::Failed(error));
         }
         let (text, stop) = self.text.push(&bytes);
@@ -159,7 +176,8 @@ impl Sequence {
         if stop.is_none() {
             event.text.push_str(&self.text.finish());
         }
-        event.end = Some(End { reason, stop, error, stats });
+        let logprobs = std::mem::take(&mut self.logprobs);
+        event.end = Some(End { reason, stop, error, stats, logprobs });
         event
     }
 
