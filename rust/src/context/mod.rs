@@ -27,7 +27,7 @@ use runner::{Interrupt, Limits, LlamaRunner, N_CTX_STEP, Runner};
 use scheduler::Scheduler;
 
 pub use pace::Pace;
-pub use sampler::{Breakers, LlamaSampler, Sampler, llama_samplers};
+pub use sampler::{Breakers, LlamaSampler, Sampler, dry_breakers, llama_samplers};
 pub use slots::Slots;
 pub use text::TextStream;
 

@@ -84,7 +84,7 @@ impl Candidates {
     /// Σ exp(logit − best).
     pub fn total(&self) -> f32 {
         let best = self.best();
-        self.list.iter().map(|c| exp(c.logit - best)).sum()
+        self.list.iter().map(|c| f64::from(exp(c.logit - best))).sum::<f64>() as f32
     }
 
     fn probability(&self, index: usize) -> (i32, f32) {
@@ -114,7 +114,7 @@ impl Candidates {
     ) -> bool {
         const FIRST: usize = 256;
         let best = self.best();
-        let (mut sorted, mut sum) = (0, 0.0);
+        let (mut sorted, mut sum) = (0, 0.0f64);
         while sorted < self.list.len() {
             let rest = &mut self.list[sorted..];
             let next = rest.len().min(FIRST.max(sorted * 8));
@@ -123,8 +123,8 @@ impl Candidates {
             }
             rest[..next].sort_unstable_by(&order);
             for (index, candidate) in rest[..next].iter().enumerate() {
-                sum += exp(candidate.logit - best) / total;
-                if is_enough(sum) {
+                sum += f64::from(exp(candidate.logit - best));
+                if is_enough((sum / f64::from(total)) as f32) {
                     self.list.truncate(sorted + index + 1);
                     return true;
                 }

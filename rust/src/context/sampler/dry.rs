@@ -132,7 +132,7 @@ impl KnownBreakers {
         if let Some((_, found)) = known().iter().find(|(of, _)| of == strings) {
             return Ok(found.clone());
         }
-        let found = Arc::new(breakers(strings, vocabulary)?);
+        let found = Arc::new(dry_breakers(strings, vocabulary)?);
         let mut known = known();
         known.truncate(Self::MOST - 1);
         known.push_front((strings.clone(), found.clone()));
@@ -146,7 +146,7 @@ const MOST_TOKENS: usize = 20;
 
 /// Finds the tokens in which the strings begin. It asks the vocabulary for each of its tokens, so it
 /// is done where a request comes in, and not in the thread that everybody waits for.
-pub fn breakers(strings: &[String], vocabulary: &Vocabulary) -> Result<Breakers> {
+pub fn dry_breakers(strings: &[String], vocabulary: &Vocabulary) -> Result<Breakers> {
     let mut breakers = Breakers::default();
     let mut word = Vec::new();
     for token in 0..vocabulary.size() as i32 {

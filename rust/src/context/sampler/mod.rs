@@ -31,7 +31,7 @@ use mirostat::Mirostat;
 use penalties::Penalties;
 use row::{Changes, Scan, deviation, keep_best};
 
-pub use dry::{Breakers, KnownBreakers};
+pub use dry::{Breakers, KnownBreakers, dry_breakers};
 pub use llama::{LlamaSampler, llama_samplers};
 
 pub struct Sampler {

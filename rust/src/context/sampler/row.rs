@@ -169,7 +169,8 @@ pub fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: what is added to it loses its fraction
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    let x = if x > SMALLEST { x } else { SMALLEST };
+    let is_nothing = !(x > SMALLEST);
+    let x = if is_nothing { 0.0 } else { x };
     let rounded = x * std::f32::consts::LOG2_E + ROUND;
     let whole = rounded - ROUND;
     let rest = x - whole * LN_2_HIGH - whole * LN_2_LOW;
@@ -178,7 +179,8 @@ pub fn exp(x: f32) -> f32 {
         power = power * rest + factor;
     }
     let power = power * rest * rest + rest + 1.0;
-    f32::from_bits(power.to_bits().wrapping_add(rounded.to_bits() << 23))
+    let power = f32::from_bits(power.to_bits().wrapping_add(rounded.to_bits() << 23));
+    if is_nothing { 0.0 } else { power }
 }
 
 /// Its `exp` is the smallest that is a normal number.
