@@ -25,6 +25,7 @@ from .errors import (
     InvalidModelError,
     InvalidRequestError,
     LoadCancelledError,
+    ModelBusyError,
     ModelCorruptedError,
     ModelNotFoundError,
     ModelNotLoadedError,
@@ -38,7 +39,7 @@ from .errors import (
 )
 from .model import AsyncModel, Model, inspect
 from .params import GenerationConfig, ModelConfig
-from .results import Completion, InferenceMetrics, ModelDescription, Usage
+from .results import Completion, InferenceMetrics, ModelDescription, TokenLogprob, Usage
 from .stream import AsyncTextStream, TextStream
 
 _core = _native.core
@@ -68,6 +69,7 @@ __all__ = [
     "InvalidRequestError",
     "LoadCancelledError",
     "Model",
+    "ModelBusyError",
     "ModelConfig",
     "ModelCorruptedError",
     "ModelDescription",
@@ -80,6 +82,7 @@ __all__ = [
     "SamplingError",
     "TabAgentModelError",
     "TextStream",
+    "TokenLogprob",
     "TokenizationError",
     "UnreadableModelError",
     "UnsupportedModelError",

@@ -202,6 +202,12 @@ class Event:
     def stats(self) -> dict[str, float] | None:
         """With the last event: prompt_tokens, cached_tokens, generated_tokens, seed, n_ctx, and in
         milliseconds from submit: queue_ms, prompt_ms, first_token_ms, decode_ms, total_ms."""
+    @property
+    def logprobs(
+        self,
+    ) -> list[tuple[tuple[int, str, float], list[tuple[int, str, float]]]] | None:
+        """With the last event, if they were asked for: for each token its id, text and logprob, and
+        those of the likeliest in its place."""
 
 def inspect_gguf(path: str) -> dict[str, Any]:
     """Check a model file without loading it, and describe it."""

@@ -31,6 +31,8 @@ from .errors import (
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
 
+    from .results import Logprobs
+
 
 class Event(Protocol):
     """What `_core.Event` and `testing.ScriptedEvent` have in common."""
@@ -51,6 +53,8 @@ class Event(Protocol):
     def error(self) -> BaseException | None: ...
     @property
     def stats(self) -> Mapping[str, float] | None: ...
+    @property
+    def logprobs(self) -> Logprobs | None: ...
 
 
 class Context(Protocol):
@@ -276,6 +280,7 @@ class _Goodbye:
     finish_reason: str = "error"
     stop: str | None = None
     stats: Mapping[str, float] | None = None
+    logprobs: Logprobs | None = None
 
 
 _couriers: WeakSet[Courier] = WeakSet()

@@ -18,6 +18,7 @@ TabAgentModelError (RuntimeError)
 ├── GenerationTimeoutError (TimeoutError)
 ├── GenerationCancelled             somebody else cancelled the request one waits for
 ├── QueueFullError
+├── ModelBusyError                  a logits hook asked the model that waits for it
 ├── ModelNotLoadedError
 ├── ForkedProcessError
 ├── HardwareError                   the processor cannot be identified
@@ -132,6 +133,10 @@ class GenerationCancelled(TabAgentModelError):  # noqa: N818 - the name users of
 
 class QueueFullError(TabAgentModelError):
     """As many requests as allowed are waiting already."""
+
+
+class ModelBusyError(TabAgentModelError):
+    """A logits hook asked its own model, which waits for the hook."""
 
 
 class ModelNotLoadedError(TabAgentModelError):

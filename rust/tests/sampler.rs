@@ -276,3 +276,57 @@ fn extreme_settings_give_a_token_and_no_panic() {
         }
     }
 }
+
+/// `cargo test --release --no-default-features --test sampler -- --ignored --nocapture`
+#[test]
+#[ignore = "it measures and prints; it proves nothing"]
+fn what_a_token_costs_at_a_large_vocabulary() {
+    const N_VOCAB: usize = 152_064;
+    let mut dice = fastrand::Rng::with_seed(1);
+    let normal = |dice: &mut fastrand::Rng| (0..6).map(|_| dice.f32()).sum::<f32>() * 3.0 - 9.0;
+    let mut rows: Vec<Vec<f32>> =
+        (0..8).map(|_| (0..N_VOCAB).map(|_| normal(&mut dice)).collect()).collect();
+    for row in &mut rows {
+        (0..300).for_each(|_| row[dice.usize(..N_VOCAB)] += dice.f32() * 17.0);
+    }
+    let usual = GenerationConfig {
+        presence_penalty: 0.1,
+        frequency_penalty: 0.1,
+        min_p: 0.05,
+        top_p: 0.95,
+        temperature: 0.8,
+        ..GenerationConfig::default()
+    };
+    let dry_and_xtc = GenerationConfig {
+        dry_multiplier: 0.8,
+        dry_penalty_last_n: -1,
+        xtc_probability: 0.5,
+        ..usual.clone()
+    };
+    let whole = GenerationConfig { temperature: 0.8, penalty_last_n: -1, ..plain() };
+    let cases = [
+        ("greedy", greedy()),
+        ("usual", usual.clone()),
+        ("usual + logprobs", GenerationConfig { logprobs: Some(5), ..usual.clone() }),
+        ("usual + dry + xtc", dry_and_xtc.clone()),
+        ("the same, penalties over all", GenerationConfig { penalty_last_n: -1, ..dry_and_xtc }),
+        ("usual, top_k=0", GenerationConfig { top_k: 0, ..usual.clone() }),
+        ("only min_p", GenerationConfig { min_p: 0.05, ..whole.clone() }),
+        ("usual, top_n_sigma=1", GenerationConfig { top_n_sigma: 1.0, ..usual.clone() }),
+        ("usual, typical_p=0.9, top_k=0", GenerationConfig { typical_p: 0.9, top_k: 0, ..usual }),
+        ("mirostat 2", GenerationConfig { mirostat: 2, ..whole.clone() }),
+        ("temperature alone", whole),
+    ];
+    for (name, config) in cases {
+        let mut sampler = Sampler::new(config, Arc::default(), 4096);
+        let mut tokens: Vec<i32> = (0..3000).map(|_| dice.i32(..5000)).collect();
+        let mut times = Vec::new();
+        for round in 0..201 {
+            let begun = std::time::Instant::now();
+            tokens.push(sampler.sample(&rows[round % rows.len()], &tokens, []).unwrap());
+            times.push(begun.elapsed());
+        }
+        times.sort();
+        println!("{:7.1} µs  {name}", times[100].as_secs_f64() * 1e6);
+    }
+}

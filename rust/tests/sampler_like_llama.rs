@@ -114,8 +114,13 @@ fn compare_from(smallest: usize, configs: &[GenerationConfig]) {
             for _ in 0..rounds {
                 let row = random_row(&mut dice, n_vocab);
                 let history = random_history(&mut dice, n_vocab);
-                let theirs =
-                    llama_samplers(None, &chain_of(config, &[]), &history, &[row.clone()]).unwrap();
+                let theirs = llama_samplers(
+                    None,
+                    &chain_of(config, &[]),
+                    &history,
+                    std::slice::from_ref(&row),
+                )
+                .unwrap();
                 let mut sampler = Sampler::new(config.clone(), Arc::default(), N_CTX);
                 let ours = sampler.distribution(&row, &history, []).unwrap();
                 assert_same(&ours, &theirs, config);
@@ -304,7 +309,9 @@ fn dry_knows_the_same_breakers() {
             let tokens = vocabulary.tokenize(text, false, false).unwrap();
             let row = random_row(&mut dice, vocabulary.size() as usize);
             let chain = chain_of(&config, &strings);
-            let theirs = llama_samplers(Some(vocabulary), &chain, &tokens, &[row.clone()]).unwrap();
+            let theirs =
+                llama_samplers(Some(vocabulary), &chain, &tokens, std::slice::from_ref(&row))
+                    .unwrap();
             let mut sampler = Sampler::new(config.clone(), breakers.clone(), N_CTX);
             assert_same(&sampler.distribution(&row, &tokens, []).unwrap(), &theirs, &config);
         }

@@ -8,6 +8,7 @@ use super::sampler::Breakers;
 use crate::config::GenerationConfig;
 use crate::error::Error;
 
+#[allow(clippy::large_enum_variant)] // one is moved per request
 pub enum Command {
     Add(Request),
     Abort(u64),
@@ -47,7 +48,7 @@ pub struct End {
     pub error: Option<Error>,
     pub stats: Stats,
     /// For each token, where they were asked for.
-    pub logprobs: Vec<TokenLogprobs>,
+    pub logprobs: Option<Vec<TokenLogprobs>>,
 }
 
 /// What the model thought of a chosen token and of the likeliest ones, before any sampler.

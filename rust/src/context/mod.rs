@@ -214,6 +214,9 @@ impl Context {
         self.closed.store(true, Ordering::SeqCst);
         let _ = lock(&self.commands).send(Command::Close);
         self.shared.interrupt.set();
+        if self.check_thread("closing").is_err() {
+            return; // it ends by itself, after this
+        }
         if let Some(owner) = lock(&self.owner).take() {
             let _ = owner.join();
         }

@@ -29,7 +29,7 @@ pub struct Sequence {
     stop_tokens: Vec<i32>,
     n_ctx: usize,
     sampler: Sampler,
-    logprobs: Vec<TokenLogprobs>,
+    logprobs: Option<Vec<TokenLogprobs>>,
     text: TextStream,
     news: Event,
     deadline: Option<Instant>,
@@ -59,8 +59,8 @@ impl Sequence {
             ignores_end: config.ignore_eos,
             stop_tokens: std::mem::take(&mut config.stop_tokens),
             deadline: config.timeout.and_then(|timeout| submitted.checked_add(timeout)),
+            logprobs: config.logprobs.map(|_| Vec::new()),
             sampler: Sampler::new(config, breakers, n_ctx),
-            logprobs: Vec::new(),
             tokens: prompt,
             n_ctx,
             text: TextStream::new(stops),
@@ -129,16 +129,7 @@ impl Sequence {
         if end_tokens.contains(&token) || self.stop_tokens.contains(&token) {
             return Some(Ending::Stop(None));
         }
-        if let Some((logprob, top)) = self.sampler.logprobs(logits, token) {
-            let with_text = |(token, logprob)| {
-                let mut text = Vec::new();
-                let _ = runner.name(token, &mut text); // a token without text is shown by its id
-                let text = String::from_utf8_lossy(&text).into_owned();
-                Logprob { token, text, logprob }
-            };
-            let top = top.into_iter().map(with_text).collect();
-            self.logprobs.push(TokenLogprobs { chosen: with_text((token, logprob)), top });
-        }
+        self.note_logprobs(logits, token, runner);
         self.tokens.push(token);
         self.news.tokens.push(token);
         let mut bytes = Vec::with_capacity(16);
@@ -152,6 +143,19 @@ impl Sequence {
         }
         let is_full = self.tokens.len() >= self.n_ctx;
         (self.num_generated() >= self.max_tokens || is_full).then_some(Ending::Length)
+    }
+
+    fn note_logprobs(&mut self, logits: &[f32], token: i32, runner: &impl Runner) {
+        let Some(all) = &mut self.logprobs else { return };
+        let Some((logprob, top)) = self.sampler.logprobs(logits, token) else { return };
+        let with_text = |(token, logprob)| {
+            let mut text = Vec::new();
+            let _ = runner.name(token, &mut text); // what has no text is known by its id
+            let text = String::from_utf8_lossy(&text).into_owned();
+            Logprob { token, text, logprob }
+        };
+        let top = top.into_iter().map(with_text).collect();
+        all.push(TokenLogprobs { chosen: with_text((token, logprob)), top });
     }
 
     /// What is new since the last time, if anything is.
@@ -176,7 +180,7 @@ impl Sequence {
         if stop.is_none() {
             event.text.push_str(&self.text.finish());
         }
-        let logprobs = std::mem::take(&mut self.logprobs);
+        let logprobs = self.logprobs.take();
         event.end = Some(End { reason, stop, error, stats, logprobs });
         event
     }

@@ -3,6 +3,7 @@
 mod context;
 mod convert;
 mod error;
+mod hook;
 mod model;
 
 use std::path::{Path, PathBuf};

@@ -28,8 +28,8 @@ impl Candidates {
     /// Those whose surprise comes nearest to what is to be expected.
     pub fn keep_typical(&mut self, share: f32) {
         let (best, total) = (self.best(), self.total());
-        let expected = self.entropy();
-        let distance = |c: &Candidate| (total.ln() - (c.logit - best) - expected).abs();
+        let expected = self.entropy() - total.ln();
+        let distance = |c: &Candidate| (best - c.logit - expected).abs();
         let order = |a: &Candidate, b: &Candidate| distance(a).total_cmp(&distance(b));
         self.keep_until(total, order, |sum| sum > share);
     }

@@ -220,7 +220,7 @@ impl Sampler {
         let Sampler { config, scan, changes, candidates: left, .. } = self;
         let mut is_whole = true;
         if config.top_n_sigma > 0.0 {
-            let floor = scan.best - config.top_n_sigma * deviation(row);
+            let floor = scan.best - config.top_n_sigma * deviation(row, scan.best);
             scan.take_from(row, changes, floor, &mut left.list);
             is_whole = false;
         }
@@ -279,7 +279,9 @@ fn take_top_p(row: &[f32], share: f32, scan: &mut Scan, left: &mut Candidates) {
     let total = scan.total(row, 1.0) as f32;
     scan.take_best(row, &Changes::default(), FEW, &mut left.list);
     if !left.keep_top_p(share, total) {
-        scan.take_from(row, &Changes::default(), f32::MIN, &mut left.list);
+        // All that are less likely than this do not make up the rest, even together.
+        let least = (1.0 - share) * total / row.len() as f32;
+        scan.take_from(row, &Changes::default(), scan.best + least.ln(), &mut left.list);
         left.keep_top_p(share, total);
     }
 }
@@ -293,7 +295,7 @@ fn call(hook: &LogitsHook, tokens: &[i32], row: &mut [f32]) -> Result<()> {
     let failed = |what: String| Error::LogitsHook { what, cause: None };
     catch_unwind(AssertUnwindSafe(|| (hook.0)(tokens, row)))
         .unwrap_or_else(|_| Err(failed("it panicked".into())))?;
-    match row.iter().position(|logit| !(*logit < f32::INFINITY)) {
+    match row.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY) {
         Some(at) => Err(failed(format!("it left {} as the logit of token {at}", row[at]))),
         None => Ok(()),
     }

@@ -92,8 +92,8 @@ impl Scan {
     /// Σ exp((logit − best) · scale).
     pub fn total(&self, row: &[f32], scale: f32) -> f64 {
         let blocks = row.chunks(BLOCK).zip(&self.maxima);
-        // Who is that far behind adds nothing that a sum could hold.
-        let counted = blocks.filter(|(_, largest)| (**largest - self.best) * scale > SMALLEST);
+        // Who is that far behind adds nothing that the sum could hold.
+        let counted = blocks.filter(|(_, largest)| (**largest - self.best) * scale > -32.0);
         counted.map(|(block, _)| f64::from(total_of_block(block, self.best, scale))).sum()
     }
 
@@ -154,12 +154,12 @@ impl Changes {
     }
 }
 
-/// How far the logits lie around their mean; those at −∞ do not count.
-pub fn deviation(row: &[f32]) -> f32 {
-    let (sum, count) = sum_of(row, |logit| logit);
-    let mean = sum / count;
-    let (squares, count) = sum_of(row, |logit| (logit - mean) * (logit - mean));
-    (squares / count).sqrt() as f32
+/// How far the logits lie around their mean; those at −∞ do not count. Infinite where it is more than
+/// a number can hold.
+pub fn deviation(row: &[f32], best: f32) -> f32 {
+    let mean = best - mean_of(row, |logit| best - logit);
+    let variance = mean_of(row, |logit| (logit - mean) * (logit - mean));
+    if variance.is_nan() { f32::INFINITY } else { variance.sqrt() }
 }
 
 /// e to the power of something that is not above zero, to seven digits and without a branch, so
@@ -169,8 +169,8 @@ pub fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: what is added to it loses its fraction
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    let is_nothing = !(x > SMALLEST);
-    let x = if is_nothing { 0.0 } else { x };
+    let is_something = x > SMALLEST;
+    let x = if is_something { x } else { 0.0 };
     let rounded = x * std::f32::consts::LOG2_E + ROUND;
     let whole = rounded - ROUND;
     let rest = x - whole * LN_2_HIGH - whole * LN_2_LOW;
@@ -180,7 +180,7 @@ pub fn exp(x: f32) -> f32 {
     }
     let power = power * rest * rest + rest + 1.0;
     let power = f32::from_bits(power.to_bits().wrapping_add(rounded.to_bits() << 23));
-    if is_nothing { 0.0 } else { power }
+    if is_something { power } else { 0.0 }
 }
 
 /// Its `exp` is the smallest that is a normal number.
@@ -217,18 +217,25 @@ fn total_of_block(block: &[f32], best: f32, scale: f32) -> f32 {
     sums.into_iter().chain(rest).sum()
 }
 
-/// Over those that are not at −∞, and how many these are.
-fn sum_of(row: &[f32], term: impl Fn(f64) -> f64) -> (f64, f64) {
-    let mut sums = [0.0; LANES];
-    let mut counts = [0.0; LANES];
-    for lane in row.chunks(LANES) {
-        for (place, &logit) in lane.iter().enumerate() {
-            let counts_in = logit > f32::NEG_INFINITY;
-            sums[place] += if counts_in { term(f64::from(logit)) } else { 0.0 };
-            counts[place] += f64::from(u8::from(counts_in));
+/// Over those that are not at −∞.
+fn mean_of(row: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+    let (mut sum, mut count) = (0.0f64, 0.0f64);
+    for block in row.chunks(BLOCK) {
+        let (mut sums, mut counts) = ([0.0; LANES], [0.0; LANES]);
+        let (lanes, rest) = block.as_chunks::<LANES>();
+        let mut last = [f32::NEG_INFINITY; LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        for lane in lanes.iter().chain([&last]) {
+            for place in 0..LANES {
+                let counted = lane[place] > f32::NEG_INFINITY;
+                sums[place] += if counted { term(lane[place]) } else { 0.0 };
+                counts[place] += if counted { 1.0 } else { 0.0 };
+            }
         }
+        sum += f64::from(sums.into_iter().sum::<f32>());
+        count += f64::from(counts.into_iter().sum::<f32>());
     }
-    (sums.into_iter().sum(), counts.into_iter().sum())
+    (sum / count) as f32
 }
 
 pub type ByToken<T> = HashMap<i32, T, BuildHasherDefault<TokenHasher>>;
