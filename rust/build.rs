@@ -69,6 +69,9 @@ fn compile_shim(llama: &Path) {
         .define("NDEBUG", None) // as llama.cpp itself is compiled
         .flag_if_supported("-fno-gnu-unique") // see rust/cmake/llama.cmake
         .flag_if_supported("-Wno-unused-function") // in llama.cpp's headers
-        .files(["llama", "attention", "chat", "probe"].map(|name| format!("rust/shim/{name}.cpp")))
+        .files(
+            ["llama", "attention", "chat", "probe", "samplers"]
+                .map(|name| format!("rust/shim/{name}.cpp")),
+        )
         .compile("tabagent_shim");
 }

@@ -142,9 +142,33 @@ async def test_a_crowd_with_a_prompt_that_is_refused_leaves_nothing_behind(face:
     assert context.metrics()["running"] == 0
 
 
+async def test_several_answers_are_asked_for_with_a_seed_each(face: MakeFace):
+    context = ScriptedContext({"a": ["A"], "b": ["B"]})
+    model = face(context)
+    last = 2**63 - 1
+    assert [str(answer) for answer in await model.generate("a", n=3, seed=last)] == ["A"] * 3
+    assert [str(answer) for answer in await model.generate(["a", "b"], n=2)] == ["A", "A", "B", "B"]
+    seeds = [submitted.params["seed"] for submitted in context.submitted]
+    assert seeds == [last, 0, 1, -1, -1, -1, -1]
+
+
+@pytest.mark.parametrize("n", [0, -1, 129, 1000, "3", True, 1.0])
+async def test_a_wrong_number_of_answers_is_refused(face: MakeFace, n: Any):
+    with pytest.raises(InvalidRequestError, match="`n` must be a whole number between 1 and 128"):
+        await face(ScriptedContext()).generate("a", n=n)
+
+
+async def test_a_stream_is_one_answer(face: MakeFace):
+    model = face(ScriptedContext()).model
+    with pytest.raises(InvalidRequestError, match="a stream is one answer, and `n` asks for"):
+        model.stream("a", n=3)  # type: ignore[call-arg]
+    with pytest.raises(InvalidRequestError, match="single prompt and one answer"):
+        await face(ScriptedContext()).generate("a", n=3, stream=True)
+
+
 async def test_streams_and_callbacks_are_for_single_prompts(face: MakeFace):
     model = face(ScriptedContext())
-    for fields in ({"stream": True}, {"on_token": print}):
+    for fields in ({"stream": True}, {"on_token": print}, {"on_token": print, "n": 2}):
         with pytest.raises(InvalidRequestError, match="single prompt"):
             await model.generate(["a", "b"], **fields)
 

@@ -35,14 +35,32 @@ def test_the_defaults_are_the_documented_ones():
     assert GenerationConfig().to_dict() == {
         "max_tokens": 512,
         "temperature": 0.7,
+        "dynatemp_range": 0.0,
+        "dynatemp_exponent": 1.0,
         "top_p": 0.9,
         "top_k": 40,
         "min_p": 0.0,
+        "typical_p": 1.0,
+        "top_n_sigma": 0.0,
+        "xtc_probability": 0.0,
+        "xtc_threshold": 0.1,
         "repeat_penalty": 1.1,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "penalty_last_n": 64,
+        "dry_multiplier": 0.0,
+        "dry_base": 1.75,
+        "dry_allowed_length": 2,
+        "dry_penalty_last_n": 64,
+        "dry_sequence_breakers": ["\n", ":", '"', "*"],
+        "mirostat": 0,
+        "mirostat_tau": 5.0,
+        "mirostat_eta": 0.1,
+        "logit_bias": {},
+        "banned_tokens": [],
+        "logprobs": None,
         "stop": [],
+        "stop_tokens": [],
         "seed": -1,
         "ignore_eos": False,
         "min_tokens": 0,
@@ -95,6 +113,7 @@ def test_a_config_cannot_be_changed_in_place():
         ModelConfig("m.gguf", n_ctx=8192, gpu_layers="all", use_mmap=False),
         GenerationConfig(),
         GenerationConfig(stop=["a", "b"], timeout_s=1.5, seed=7, priority="high"),
+        GenerationConfig(logit_bias={5: 1.5, 7: -100}, banned_tokens=[1, 2], logprobs=0),
     ],
     ids=repr,
 )
@@ -128,6 +147,26 @@ def test_a_path_may_be_a_path_object_and_home_is_resolved():
 
 def test_one_stop_string_need_not_be_a_list():
     assert GenerationConfig(stop="END") == GenerationConfig(stop=["END"])
+
+
+def test_ids_of_biases_may_be_strings_as_they_are_in_json():
+    config = GenerationConfig(logit_bias={"5": 1, "17": -100})
+    assert config == GenerationConfig(logit_bias={5: 1.0, 17: -100.0})
+    assert config.logit_bias == {5: 1.0, 17: -100.0}
+
+
+def test_a_config_with_biases_can_be_a_key():
+    assert {GenerationConfig(logit_bias={5: 1}): 1}[GenerationConfig(logit_bias={5: 1})] == 1
+
+
+def test_a_hook_is_part_of_the_config_but_no_plain_value():
+    def hook(tokens: list[int], logits: "memoryview[float]") -> None:
+        raise AssertionError
+
+    config = GenerationConfig(logits_hook=hook)
+    assert config.logits_hook is hook
+    assert config != GenerationConfig()
+    assert GenerationConfig.from_json(config.to_json()) == GenerationConfig()
 
 
 def test_the_old_name_of_gpu_layers_is_understood():
@@ -210,6 +249,44 @@ WRONG_GENERATION: list[tuple[str, Any]] = [
     ("priority", "urgent"),
     ("min_tokens", -1),
     ("ignore_eos", None.__class__),
+    ("dynatemp_range", -0.1),
+    ("dynatemp_exponent", math.inf),
+    ("typical_p", 0),
+    ("typical_p", 1.1),
+    ("top_n_sigma", -2),
+    ("top_n_sigma", math.nan),
+    ("xtc_probability", 1.1),
+    ("xtc_threshold", -0.1),
+    ("repeat_penalty", math.nan),
+    ("penalty_last_n", 2**31 - 1),
+    ("dry_multiplier", math.nan),
+    ("dry_base", 0),
+    ("dry_base", 0.9),
+    ("dry_allowed_length", -1),
+    ("dry_penalty_last_n", -2),
+    ("dry_sequence_breakers", ["x"] * 10_000),
+    ("dry_sequence_breakers", "x" * 2**20),
+    ("dry_sequence_breakers", "é" * 33),
+    ("dry_sequence_breakers", [""]),
+    ("mirostat", 3),
+    ("mirostat", True),
+    ("mirostat_tau", -1),
+    ("mirostat_eta", math.nan),
+    ("logit_bias", 5),
+    ("logit_bias", "5"),
+    ("logit_bias", {-5: 1.0}),
+    ("logit_bias", {"abc": 1.0}),
+    ("logit_bias", {"-5": 1.0}),
+    ("logit_bias", {1.5: 1.0}),
+    ("logit_bias", {2**31: 1.0}),
+    ("banned_tokens", 5),
+    ("banned_tokens", {1: 2}),
+    ("banned_tokens", "12"),
+    ("stop_tokens", iter(range(10_000))),
+    ("logits_hook", "a name"),
+    ("logprobs", 10**6),
+    ("logprobs", -1),
+    ("logprobs", True),
 ]
 
 
@@ -223,6 +300,23 @@ def test_a_value_out_of_range_is_refused_by_name(kind: Any, name: str, value: An
         kind(**{name: value})
     assert caught.value.name == name
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logit_bias": {3: math.nan}}, "`logit_bias[3]` must be a number between -3.4e+38 and"),
+        ({"logit_bias": {3: math.inf}}, "`logit_bias[3]` must be a number between -3.4e+38 and"),
+        ({"logit_bias": {"3": "x"}}, "`logit_bias[3]` must be a number between -3.4e+38 and"),
+        ({"banned_tokens": [5, -1]}, "`banned_tokens[1]` must be a token id: a whole number"),
+        ({"stop_tokens": [True]}, "`stop_tokens[0]` must be a token id: a whole number between"),
+    ],
+    ids=str,
+)
+def test_one_wrong_entry_among_many_is_named(fields: dict[str, Any], message: str):
+    with pytest.raises(InvalidRequestError) as caught:
+        GenerationConfig(**fields)
+    assert caught.value.message.startswith(message)
 
 
 def test_a_value_that_cannot_be_shown_is_still_refused():

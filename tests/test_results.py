@@ -1,9 +1,17 @@
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 
-from tabagent_model import Completion, InferenceMetrics, Model, Usage, inspect
+from tabagent_model import (
+    Completion,
+    InferenceMetrics,
+    Model,
+    TokenLogprob,
+    Usage,
+    inspect,
+)
 from tabagent_model.testing import ScriptedContext
 
 
@@ -42,6 +50,20 @@ def test_an_answer_knows_what_it_cost():
     assert 0 < metrics.time_to_first_token_ms <= metrics.inference_time_ms
     assert metrics.tokens_per_second > 0
     assert f"request {metrics.request_id}: 5 prompt tokens" in metrics.summary()
+
+
+def test_an_answer_tells_how_likely_its_tokens_were_if_asked():
+    with Model(ScriptedContext(["Be", "cause"])) as model:
+        assert model.generate("Why?").logprobs is None
+        answer = model.generate("Why?", logprobs=1)
+        with model.stream("Why?", logprobs=0) as pieces:
+            assert list(pieces) == ["Be", "cause"]
+    assert answer.logprobs == tuple(
+        TokenLogprob(token, text, 0.0, (TokenLogprob(token, text, 0.0),))
+        for token, text in zip(answer.tokens, ["Be", "cause"], strict=True)
+    )
+    assert pieces.result.logprobs == tuple(replace(one, top=()) for one in answer.logprobs)
+    assert pickle.loads(pickle.dumps(answer)).logprobs == answer.logprobs
 
 
 @pytest.mark.model

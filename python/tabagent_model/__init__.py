@@ -26,6 +26,7 @@ from .errors import (
     InvalidModelError,
     InvalidRequestError,
     LoadCancelledError,
+    ModelBusyError,
     ModelCorruptedError,
     ModelNotFoundError,
     ModelNotLoadedError,
@@ -43,7 +44,7 @@ from .errors import (
 from .model import AsyncModel, Model, inspect
 from .params import GenerationConfig, ModelConfig
 from .pin import Pin
-from .results import Completion, InferenceMetrics, ModelDescription, Usage
+from .results import Completion, InferenceMetrics, ModelDescription, TokenLogprob, Usage
 from .stream import AsyncTextStream, TextStream
 
 _core = _native.core
@@ -74,6 +75,7 @@ __all__ = [
     "InvalidRequestError",
     "LoadCancelledError",
     "Model",
+    "ModelBusyError",
     "ModelConfig",
     "ModelCorruptedError",
     "ModelDescription",
@@ -91,6 +93,7 @@ __all__ = [
     "TabAgentModelError",
     "TemplateError",
     "TextStream",
+    "TokenLogprob",
     "TokenizationError",
     "UnreadableModelError",
     "UnsupportedModelError",

@@ -251,6 +251,12 @@ class Event:
         """With the last event: prompt_tokens, cached_tokens, dropped_tokens, generated_tokens,
         seed, n_ctx, and in milliseconds from submit: queue_ms, prompt_ms, first_token_ms,
         decode_ms, total_ms; between one token and the next gap_p50_ms and gap_p99_ms."""
+    @property
+    def logprobs(
+        self,
+    ) -> list[tuple[tuple[int, str, float], list[tuple[int, str, float]]]] | None:
+        """With the last event, if they were asked for: for each token its id, text and logprob, and
+        those of the likeliest in its place."""
 
 def inspect_gguf(path: str) -> dict[str, Any]:
     """Check a model file without loading it, and describe it."""

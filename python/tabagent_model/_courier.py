@@ -33,7 +33,7 @@ from .errors import (
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
 
-    from .results import Completion
+    from .results import Completion, Logprobs
 
     OnEnd = Callable[["Completion | None"], "Completion | None"]
 
@@ -57,6 +57,8 @@ class Event(Protocol):
     def error(self) -> BaseException | None: ...
     @property
     def stats(self) -> Mapping[str, float] | None: ...
+    @property
+    def logprobs(self) -> Logprobs | None: ...
 
 
 class Context(Protocol):
@@ -301,6 +303,7 @@ class _Goodbye:
     finish_reason: str = "error"
     stop: str | None = None
     stats: Mapping[str, float] | None = None
+    logprobs: Logprobs | None = None
 
 
 _couriers: WeakSet[Courier] = WeakSet()

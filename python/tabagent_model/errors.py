@@ -21,6 +21,7 @@ TabAgentModelError (RuntimeError)
 ├── GenerationCancelled             somebody else cancelled the request one waits for
 ├── QueueFullError
 │   └── QueueTimeoutError (TimeoutError)   no place within `max_queue_wait_s`
+├── ModelBusyError                  a logits hook asked the model that waits for it
 ├── ModelNotLoadedError
 ├── ForkedProcessError
 ├── HardwareError                   the processor cannot be identified
@@ -147,6 +148,10 @@ class QueueFullError(TabAgentModelError):
 
 class QueueTimeoutError(QueueFullError, TimeoutError):
     """The request found no place within its `max_queue_wait_s`."""
+
+
+class ModelBusyError(TabAgentModelError):
+    """A logits hook asked its own model, which waits for the hook."""
 
 
 class ModelNotLoadedError(TabAgentModelError):

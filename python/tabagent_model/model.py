@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,13 @@ from ._prompt import (
 from .chat import Asked, AsyncSession, Session
 from .errors import InvalidRequestError, ModelNotLoadedError, TemplateError
 from .metrics import prometheus
-from .params import GenerationConfig, GenerationFields, ModelConfig, ModelFields
+from .params import (
+    GenerationConfig,
+    GenerationFields,
+    ModelConfig,
+    ModelFields,
+    checked_whole,
+)
 from .pin import Pin
 from .results import Completion, ModelDescription, Source
 from .stream import LONG_TEXT, AsyncTextStream, TextStream, settle
@@ -184,16 +190,15 @@ class _Base:
     def _request(
         self, prompt: Prompt, config: GenerationConfig | None, given: GenerationFields
     ) -> Request:
-        return self._requests([prompt], config, given)[0]
+        params = self._params(config, given)
+        return Request(next(request_ids), checked(prompt), params)
 
-    def _requests(
-        self, prompts: Iterable[Prompt], config: GenerationConfig | None, given: GenerationFields
-    ) -> list[Request]:
+    def _params(self, config: GenerationConfig | None, given: GenerationFields) -> dict[str, Any]:
         params = _params_of(config, given)
         if params["overflow"] == "drop_oldest":
             message = "`overflow` can be 'drop_oldest' for chats only, a prompt has no turns"
             raise InvalidRequestError(message, name="overflow")
-        return [Request(next(request_ids), checked(prompt), params) for prompt in prompts]
+        return params
 
     def _chat_request(
         self,
@@ -235,15 +240,23 @@ class _Base:
 
     def _crowd(
         self,
-        prompts: Iterable[Prompt],
+        prompt: Prompt | Prompts,
         config: GenerationConfig | None,
         given: GenerationFields,
+        n: int | None,
         for_one: object,
     ) -> Crowd:
         if for_one:
-            message = "`stream` and `on_token` are for a single prompt, not for a list of prompts"
+            message = "`stream` and `on_token` are for a single prompt and one answer to it"
             raise InvalidRequestError(message, hint="make one stream for each", name="prompt")
-        requests = self._requests(prompts, config, given)
+        params = self._params(config, given)
+        all_params = [params] if n is None else _with_seeds(params, checked_whole("n", n, 1, 128))
+        prompts = prompt if is_many(prompt) else [cast("Prompt", prompt)]
+        requests = [
+            Request(next(request_ids), text, params)
+            for text in map(checked, prompts)
+            for params in all_params
+        ]
         return Crowd(self._open_courier, requests, self._source)
 
     def _changed(self, changes: ModelFields) -> ModelConfig:
@@ -254,6 +267,10 @@ class _Base:
 
 
 def _params_of(config: GenerationConfig | None, given: GenerationFields) -> dict[str, Any]:
+    if "n" in given:
+        message = "a stream is one answer, and `n` asks for several"
+        hint = "make one stream for each, or call `generate` without `stream`"
+        raise InvalidRequestError(message, hint=hint, name="n")
     if config is None:
         config = GenerationConfig()
     elif not isinstance(config, GenerationConfig):
@@ -296,6 +313,15 @@ class Model(_Base):
     @overload
     def generate(
         self,
+        prompt: Prompt | Prompts,
+        config: GenerationConfig | None = None,
+        *,
+        n: int,
+        **fields: Unpack[GenerationFields],
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self,
         prompt: Prompt,
         config: GenerationConfig | None = None,
         *,
@@ -314,6 +340,7 @@ class Model(_Base):
         prompt: Prompt | Prompts,
         config: GenerationConfig | None = None,
         *,
+        n: int | None = None,
         stream: bool = False,
         on_token: OnToken | None = None,
         **fields: Unpack[GenerationFields],
@@ -321,10 +348,11 @@ class Model(_Base):
         """Answer a prompt (text or token ids), or a list of prompts together.
 
         `fields` are those of GenerationConfig. `on_token` gets each piece of text in this thread;
-        if it returns False the answer ends there.
+        if it returns False the answer ends there. With `n` there is a list of so many answers to
+        each prompt, one after the other; if a seed is given, they take that one, the next, ….
         """
-        if is_many(prompt):
-            return self._crowd(prompt, config, fields, stream or on_token).collect()
+        if is_many(prompt) or n is not None:
+            return self._crowd(prompt, config, fields, n, stream or on_token).collect()
         request = self._request(cast("Prompt", prompt), config, fields)
         answer = TextStream(self._open_courier, request, self._source, self)
         return answer.submit() if stream else answer.collect(on_token)
@@ -480,6 +508,15 @@ class AsyncModel(_Base):
     @overload
     async def generate(
         self,
+        prompt: Prompt | Prompts,
+        config: GenerationConfig | None = None,
+        *,
+        n: int,
+        **fields: Unpack[GenerationFields],
+    ) -> list[Completion]: ...
+    @overload
+    async def generate(
+        self,
         prompt: Prompt,
         config: GenerationConfig | None = None,
         *,
@@ -498,13 +535,14 @@ class AsyncModel(_Base):
         prompt: Prompt | Prompts,
         config: GenerationConfig | None = None,
         *,
+        n: int | None = None,
         stream: bool = False,
         on_token: OnToken | None = None,
         **fields: Unpack[GenerationFields],
     ) -> Completion | AsyncTextStream | list[Completion]:
         """As `Model.generate`. `on_token` is called in the event loop, and may be `async`."""
-        if is_many(prompt):
-            crowd = self._crowd(prompt, config, fields, stream or on_token)
+        if is_many(prompt) or n is not None:
+            crowd = self._crowd(prompt, config, fields, n, stream or on_token)
             return await crowd.collect_async()
         answer = self.stream(cast("Prompt", prompt), config, **fields)
         return answer if stream else await answer.collect(on_token)
@@ -633,6 +671,14 @@ def _config_of(
         message = "the model was given twice, as first argument and as `model_path`"
         raise InvalidRequestError(message, name="model_path")
     return ModelConfig(**cast("Any", fields))
+
+
+def _with_seeds(params: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """A seed of its own for each, if there is one; a random one is chosen for each anyway."""
+    seed = params["seed"]
+    if seed < 0:
+        return [params] * n
+    return [{**params, "seed": (seed + number) % 2**63} for number in range(n)]
 
 
 async def _in_executor(function: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,8 @@ FlashAttention = Literal["auto", "on", "off"]
 KvType = Literal["auto", "f16", "bf16", "f32", "q8_0"]
 Priority = Literal["high", "normal", "low"]
 Overflow = Literal["error", "shift", "drop_oldest"]
+LogitBias = Mapping[int, float] | Mapping[str, float] | Iterable[tuple[int, float]]
+LogitsHook = Callable[[list[int], "memoryview[float]"], None]
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-chat.gguf"
 
@@ -51,7 +53,7 @@ class _Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON."""
         values = vars(self)
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {name: _copied(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -192,28 +194,71 @@ class ModelConfig(_Config):
 @_refuses_unknown
 @dataclass(frozen=True)
 class GenerationConfig(_Config):
-    """How an answer is made."""
+    """How an answer is made.
+
+    The samplers work in llama.cpp's order: `logits_hook`, `logit_bias`, penalties, DRY,
+    `top_n_sigma`, `top_k`, `typical_p`, `top_p`, `min_p`, XTC, temperature. With `mirostat` it is
+    `logits_hook`, `logit_bias`, temperature, mirostat, and the others are not asked.
+    """
 
     max_tokens: int = 512
     """0 gives an empty answer, -1 goes on until the context is full."""
     temperature: float = 0.7
-    """0 always takes the likeliest token."""
+    """0 always takes the likeliest token that the other samplers leave."""
+    dynatemp_range: float = 0.0
+    """The temperature goes up or down by this, up where the model is uncertain; 0 is off."""
+    dynatemp_exponent: float = 1.0
     top_p: float = 0.9
     top_k: int = 40
     """0 is off."""
     min_p: float = 0.0
+    typical_p: float = 1.0
+    """1 is off."""
+    top_n_sigma: float = 0.0
+    """Keep what is within so many standard deviations of the best logit; 0 or less is off."""
+    xtc_probability: float = 0.0
+    """How often the likeliest tokens are left out, but for the last above `xtc_threshold`."""
+    xtc_threshold: float = 0.1
+    """More than 0.5 is off."""
     repeat_penalty: float = 1.1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     penalty_last_n: int = 64
     """How many of the last tokens the penalties look at; -1 is the whole context."""
+    dry_multiplier: float = 0.0
+    """How much repeating a passage costs: this times `dry_base` to the power of what it is longer
+    than `dry_allowed_length` tokens; 0 is off."""
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    """How many of the last tokens DRY looks at; -1 is the whole context."""
+    dry_sequence_breakers: str | Iterable[str] = ("\n", ":", '"', "*")
+    """A passage ends at each of these strings. As in llama.cpp, their first 40 bytes count."""
+    mirostat: int = 0
+    """1 or 2 keep the surprise near `mirostat_tau` bits; 0 is off."""
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    logit_bias: LogitBias = field(default=(), hash=False)
+    """What is added to the logits of tokens, by id. Ids may be strings, as they are in JSON."""
+    banned_tokens: Iterable[int] = ()
+    """Ids that never come."""
+    logits_hook: LogitsHook | None = None
+    """Called for each token with the ids so far and the logits: a writable memoryview of floats,
+    which `numpy.asarray` takes, and which is dead after the call. It is slow: the hook holds
+    Python's lock, and every request of the model waits for it. What it raises ends its request. It
+    is left out of dicts and JSON."""
+    logprobs: int | None = None
+    """0 to 20: tell for each token, and so many of the likeliest, how likely the model found it
+    before any sampler; None tells nothing."""
     stop: str | Iterable[str] = ()
     """Strings that end the answer; they are not part of it. A single one may be given as it is."""
+    stop_tokens: Iterable[int] = ()
+    """Ids that end the answer; they are not part of it."""
     seed: int = -1
     """-1 takes a random one; the answer tells which."""
     ignore_eos: bool = False
     min_tokens: int = 0
-    """Before so many tokens the model cannot end the answer."""
+    """Before so many tokens neither the model nor a stop token can end the answer."""
     timeout_s: float | None = None
     """Seconds from the call to the end of the answer."""
     deadline: float | None = None
@@ -236,14 +281,35 @@ class GenerationConfig(_Config):
     def validate(self) -> Self:
         _whole(self, "max_tokens", -1, 2**31 - 1)
         _number(self, "temperature", 0, 100)
+        _number(self, "dynatemp_range", 0, 100)
+        _number(self, "dynatemp_exponent", 0, 100)
         _number(self, "top_p", 0, 1, without_low=True)
         _whole(self, "top_k", 0, 2**31 - 1)
         _number(self, "min_p", 0, 1, without_high=True)
+        _number(self, "typical_p", 0, 1, without_low=True)
+        _number(self, "top_n_sigma", -1, 100)
+        _number(self, "xtc_probability", 0, 1)
+        _number(self, "xtc_threshold", 0, 1)
         _number(self, "repeat_penalty", 0, 10, without_low=True)
         _number(self, "presence_penalty", -2, 2)
         _number(self, "frequency_penalty", -2, 2)
         _whole(self, "penalty_last_n", -1, 2**24)
+        _number(self, "dry_multiplier", 0, 100)
+        _number(self, "dry_base", 1, 100)
+        _whole(self, "dry_allowed_length", 0, 2**24)
+        _whole(self, "dry_penalty_last_n", -1, 2**24)
+        _strings(self, "dry_sequence_breakers", at_most=64, long=64, unit="bytes")
+        _whole(self, "mirostat", 0, 2)
+        _number(self, "mirostat_tau", 0, 100)
+        _number(self, "mirostat_eta", 0, 10)
+        _biases(self, "logit_bias", at_most=2**20)
+        _ids(self, "banned_tokens", at_most=2**20)
+        if self.logits_hook is not None and not callable(self.logits_hook):
+            raise _refusal("logits_hook", "a function of tokens and logits", self.logits_hook)
+        if self.logprobs is not None:
+            _whole(self, "logprobs", 0, 20)
         _strings(self, "stop", at_most=64, long=1024)
+        _ids(self, "stop_tokens", at_most=1024)
         _whole(self, "seed", -1, 2**63 - 1)
         _switch(self, "ignore_eos")
         _whole(self, "min_tokens", 0, 2**31 - 1)
@@ -259,6 +325,11 @@ class GenerationConfig(_Config):
         _switch(self, "add_bos")
         _switch(self, "special")
         return self
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        del values["logits_hook"]  # no plain value can stand for a function
+        return values
 
     def with_max_tokens(self, max_tokens: int) -> Self:
         return self.with_fields(max_tokens=max_tokens)
@@ -331,14 +402,33 @@ class GenerationFields(TypedDict, total=False):
 
     max_tokens: int | None
     temperature: float | None
+    dynatemp_range: float | None
+    dynatemp_exponent: float | None
     top_p: float | None
     top_k: int | None
     min_p: float | None
+    typical_p: float | None
+    top_n_sigma: float | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
     repeat_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
     penalty_last_n: int | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_penalty_last_n: int | None
+    dry_sequence_breakers: str | Iterable[str] | None
+    mirostat: int | None
+    mirostat_tau: float | None
+    mirostat_eta: float | None
+    logit_bias: LogitBias | None
+    banned_tokens: Iterable[int] | None
+    logits_hook: LogitsHook | None
+    logprobs: int | None
     stop: str | Iterable[str] | None
+    stop_tokens: Iterable[int] | None
     seed: int | None
     ignore_eos: bool | None
     min_tokens: int | None
@@ -354,7 +444,7 @@ class GenerationFields(TypedDict, total=False):
 
 def _known(config: type[_Config], given: Mapping[str, Any]) -> dict[str, Any]:
     """The given fields under their own names; a name that is none gets the closest one as hint."""
-    names = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    names = [each.name for each in fields(config)]  # type: ignore[arg-type]
     known = dict(given)
     if "n_gpu_layers" in known and "gpu_layers" in names:
         layers = known.pop("n_gpu_layers")
@@ -373,7 +463,13 @@ def _known(config: type[_Config], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(config: type[_Config]) -> dict[str, Any]:
-    return {field.name: field.default for field in fields(config)}  # type: ignore[arg-type]
+    return {each.name: each.default for each in fields(config)}  # type: ignore[arg-type]
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, dict) else value
 
 
 def _put(config: _Config, name: str, value: Any) -> None:
@@ -381,14 +477,17 @@ def _put(config: _Config, name: str, value: Any) -> None:
 
 
 def _whole(config: _Config, name: str, low: int, high: int, *, also: str = "") -> None:
-    value = getattr(config, name)
+    _put(config, name, checked_whole(name, getattr(config, name), low, high, also))
+
+
+def checked_whole(name: str, value: Any, low: int, high: int, also: str = "") -> int:
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or not low <= number <= high:
         raise _refusal(name, f"{also}a whole number between {low} and {high}", value)
-    _put(config, name, number)
+    return number
 
 
 def _number(
@@ -401,6 +500,19 @@ def _number(
     without_high: bool = False,
 ) -> None:
     value = getattr(config, name)
+    number = _float(name, value, low, high, without_low=without_low, without_high=without_high)
+    _put(config, name, number)
+
+
+def _float(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    *,
+    without_low: bool = False,
+    without_high: bool = False,
+) -> float:
     try:
         number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -410,7 +522,7 @@ def _number(
         lowest = f"{low} (excluded)" if without_low else str(low)
         highest = f"{high} (excluded)" if without_high else str(high)
         raise _refusal(name, f"a number between {lowest} and {highest}", value)
-    _put(config, name, number)
+    return number
 
 
 def _switch(config: _Config, name: str, *, also: str = "") -> None:
@@ -426,9 +538,11 @@ def _choice(config: _Config, name: str, choices: tuple[str, ...]) -> None:
         raise _refusal(name, "one of " + ", ".join(map(repr, choices)), value)
 
 
-def _strings(config: _Config, name: str, *, at_most: int, long: int) -> None:
+def _strings(
+    config: _Config, name: str, *, at_most: int, long: int, unit: str = "characters"
+) -> None:
     value = getattr(config, name)
-    allowed = f"at most {at_most} strings of 1 to {long} characters"
+    allowed = f"at most {at_most} strings of 1 to {long} {unit}"
     if isinstance(value, (bytes, Mapping)) or not isinstance(value, Iterable):
         raise _refusal(name, allowed, value)
     strings = (value,) if isinstance(value, str) else tuple(islice(value, at_most + 1))
@@ -437,7 +551,45 @@ def _strings(config: _Config, name: str, *, at_most: int, long: int) -> None:
     for string in strings:
         if not isinstance(string, str) or not 1 <= len(string) <= long:
             raise _refusal(name, allowed, string)
+        if unit == "bytes" and len(string.encode(errors="replace")) > long:
+            raise _refusal(name, allowed, string)
     _put(config, name, strings)
+
+
+def _ids(config: _Config, name: str, *, at_most: int) -> None:
+    value = getattr(config, name)
+    allowed = f"at most {at_most} token ids"
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise _refusal(name, allowed, value)
+    ids = tuple(islice(value, at_most + 1))
+    if len(ids) > at_most:
+        raise _refusal(name, allowed, value)
+    _put(config, name, tuple(_id(f"{name}[{at}]", token) for at, token in enumerate(ids)))
+
+
+def _biases(config: _Config, name: str, *, at_most: int) -> None:
+    value = getattr(config, name)
+    allowed = f"a mapping of at most {at_most} token ids to finite numbers"
+    try:
+        given = dict(value)
+    except (TypeError, ValueError):
+        raise _refusal(name, allowed, value) from None
+    if len(given) > at_most:
+        raise _refusal(name, allowed, value)
+    biases = {}
+    for key, bias in given.items():
+        is_written = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
+        token = _id(name, int(key) if is_written else key)
+        biases[token] = _float(f"{name}[{token}]", bias, -_LARGEST, _LARGEST)
+    _put(config, name, biases)
+
+
+# What fits into the 32 bits of a logit.
+_LARGEST = 3.4e38
+
+
+def _id(name: str, value: Any) -> int:
+    return checked_whole(name, value, 0, 2**31 - 1, "a token id: ")
 
 
 def _path(config: _Config, name: str) -> None:

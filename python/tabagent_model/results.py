@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Logprob = tuple[int, str, float]
+Logprobs = Sequence[tuple[Logprob, Sequence[Logprob]]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,18 @@ class InferenceMetrics:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token, as a natural logarithm, before any sampler."""
+
+    token: int
+    text: str
+    """Of half a character it is U+FFFD; control tokens are written out."""
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+    """The likeliest tokens in its place, the likeliest first."""
+
+
+@dataclass(frozen=True)
 class Completion:
     """An answer. Two are equal when they say the same, whatever they cost."""
 
@@ -79,6 +93,8 @@ class Completion:
     """The one that was used, also when it was chosen at random."""
     stop: str | None = field(default=None, compare=False)
     """The stop string that ended the text."""
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, compare=False)
+    """For each of `tokens`, if they were asked for."""
 
     def __str__(self) -> str:
         return self.text
@@ -116,6 +132,15 @@ class Source:
     load_time_ms: float = 0.0
     gpu_utilized: bool = False
     memory_used_mb: Callable[[], float] = lambda: 0.0
+
+
+def logprobs_of(found: Logprobs | None) -> tuple[TokenLogprob, ...] | None:
+    """From what the core tells with the last event."""
+    if found is None:
+        return None
+    return tuple(
+        TokenLogprob(*chosen, top=tuple(TokenLogprob(*one) for one in top)) for chosen, top in found
+    )
 
 
 def metrics_of(request_id: int, stats: Mapping[str, float], source: Source) -> InferenceMetrics:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ._courier import Courier, Event, Inbox, LoopInbox, Request
 from .errors import GenerationCancelled, InternalError, TabAgentModelError
-from .results import Completion, FinishReason, Source, Usage, metrics_of
+from .results import Completion, FinishReason, Source, Usage, logprobs_of, metrics_of
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -342,6 +342,7 @@ class Answer:
             model=self._source.model,
             seed=int(stats.get("seed", -1)),
             stop=event.stop,
+            logprobs=logprobs_of(event.logprobs),
         )
 
 

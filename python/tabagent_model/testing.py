@@ -25,6 +25,7 @@ from .errors import (
     TabAgentModelError,
 )
 from .params import GenerationConfig
+from .results import Logprob, Logprobs
 
 Prompt = str | Sequence[int]
 Lines = Iterable[str | TabAgentModelError]
@@ -43,6 +44,7 @@ class ScriptedEvent:
     stop: str | None = None
     error: Exception | None = None
     stats: dict[str, float] | None = None
+    logprobs: Logprobs | None = None
 
 
 class Submitted(NamedTuple):
@@ -305,6 +307,7 @@ class _Sequence:
     generated: int = 0
     begun: float = field(default_factory=time.perf_counter)
     first_token_ms: float = 0.0
+    logprobs: list[tuple[Logprob, list[Logprob]]] = field(default_factory=list)
 
     def next_event(self, token_of: Callable[[str], int], n_ctx: int) -> ScriptedEvent:
         limit = n_ctx - self.prompt_tokens
@@ -326,6 +329,8 @@ class _Sequence:
         self.generated += 1
         self.first_token_ms = self.first_token_ms or self._elapsed_ms()
         tokens = [token_of(line)]
+        certain = (tokens[0], line, 0.0)
+        self.logprobs.append((certain, [certain] if self.config.logprobs else []))
         if self.generated == limit:
             return self.last("length", text=line, tokens=tokens)
         return ScriptedEvent(self.request_id, line, tokens)
@@ -354,8 +359,16 @@ class _Sequence:
             "gap_p50_ms": 0.0,
             "gap_p99_ms": 0.0,
         }
+        logprobs = None if self.config.logprobs is None else self.logprobs
         return ScriptedEvent(
-            self.request_id, text, [*tokens], True, reason, error=error, stats=stats
+            self.request_id,
+            text,
+            [*tokens],
+            True,
+            reason,
+            error=error,
+            stats=stats,
+            logprobs=logprobs,
         )
 
     def _elapsed_ms(self) -> float:

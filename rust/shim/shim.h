@@ -169,6 +169,21 @@ void ta_attention_free(ta_attention * attention) TA_NOEXCEPT;
 int ta_attention_time(ta_attention * attention, const ta_attention_case * what, double * seconds,
                       ta_error * error) TA_NOEXCEPT;
 
+// For tests of our sampler: a chain of llama.cpp's own, by name and in this order, hears the history
+// and then gets one row of logits after the other. What it leaves of the last row comes back; there
+// is room for `n_vocab` of them. rust/shim/samplers.cpp says which values belong to which name.
+typedef struct ta_sampler {
+    const char *         name;
+    float                values[4];
+    const char * const * strings;
+    size_t               n_strings;
+} ta_sampler;
+
+int ta_samplers_apply(const struct llama_vocab * vocab, const ta_sampler * samplers, int32_t n_samplers,
+                      const int32_t * history, int32_t n_history, const float * rows, int32_t n_rows,
+                      int32_t n_vocab, int32_t * tokens, double * probabilities, int32_t * n_left,
+                      ta_error * error) TA_NOEXCEPT;
+
 // For tests of this border.
 int ta_throw(ta_error * error) TA_NOEXCEPT;
 

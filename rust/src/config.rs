@@ -1,6 +1,7 @@
 //! What was asked for, checked once when it comes in and trusted afterwards.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
@@ -182,22 +183,52 @@ impl ContextConfig {
     }
 }
 
+/// The samplers work in the order of `context::sampler`, which is llama.cpp's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationConfig {
     /// -1 means until the context is full.
     pub max_tokens: i64,
-    /// 0 means greedy.
+    /// 0 means the likeliest token that is left.
     pub temperature: f32,
+    /// The temperature moves by so much, up where many tokens are likely; 0 means off.
+    pub dynatemp_range: f32,
+    pub dynatemp_exponent: f32,
     pub top_p: f32,
     /// 0 means off.
     pub top_k: u32,
     pub min_p: f32,
+    /// 1 means off.
+    pub typical_p: f32,
+    /// 0 or less means off.
+    pub top_n_sigma: f32,
+    pub xtc_probability: f32,
+    /// More than 0.5 means off.
+    pub xtc_threshold: f32,
     pub repeat_penalty: f32,
     pub presence_penalty: f32,
     pub frequency_penalty: f32,
     /// How many of the last tokens the penalties look at; -1 means the whole context.
     pub penalty_last_n: i32,
+    /// 0 means off.
+    pub dry_multiplier: f32,
+    pub dry_base: f32,
+    pub dry_allowed_length: u32,
+    /// -1 means the whole context.
+    pub dry_penalty_last_n: i32,
+    pub dry_sequence_breakers: Vec<String>,
+    /// 0 means off; 1 and 2 take the place of all other samplers but the temperature.
+    pub mirostat: u32,
+    pub mirostat_tau: f32,
+    pub mirostat_eta: f32,
+    pub logit_bias: Vec<(i32, f32)>,
+    pub banned_tokens: Vec<i32>,
+    /// Called before the samplers, on the owner thread: everybody waits for it.
+    pub logits_hook: Option<LogitsHook>,
+    /// How many of the likeliest tokens are told with each chosen one.
+    pub logprobs: Option<u32>,
     pub stop: Vec<String>,
+    /// They end the text and are no part of it.
+    pub stop_tokens: Vec<i32>,
     /// -1 means a random one.
     pub seed: i64,
     pub ignore_eos: bool,
@@ -214,6 +245,24 @@ pub struct GenerationConfig {
     pub add_bos: bool,
     /// Control tokens written in a text prompt become control tokens.
     pub special: bool,
+}
+
+/// A function of the caller's that may change the logits: it gets the tokens so far and the row.
+#[derive(Clone)]
+pub struct LogitsHook(pub Arc<HookFunction>);
+
+pub type HookFunction = dyn Fn(&[i32], &mut [f32]) -> Result<()> + Send + Sync;
+
+impl PartialEq for LogitsHook {
+    fn eq(&self, other: &LogitsHook) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(&self.0), Arc::as_ptr(&other.0))
+    }
+}
+
+impl std::fmt::Debug for LogitsHook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "LogitsHook({:p})", Arc::as_ptr(&self.0))
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -237,14 +286,33 @@ impl Default for GenerationConfig {
         GenerationConfig {
             max_tokens: 512,
             temperature: 0.7,
+            dynatemp_range: 0.0,
+            dynatemp_exponent: 1.0,
             top_p: 0.9,
             top_k: 40,
             min_p: 0.0,
+            typical_p: 1.0,
+            top_n_sigma: 0.0,
+            xtc_probability: 0.0,
+            xtc_threshold: 0.1,
             repeat_penalty: 1.1,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             penalty_last_n: 64,
+            dry_multiplier: 0.0,
+            dry_base: 1.75,
+            dry_allowed_length: 2,
+            dry_penalty_last_n: 64,
+            dry_sequence_breakers: ["\n", ":", "\"", "*"].map(String::from).into(),
+            mirostat: 0,
+            mirostat_tau: 5.0,
+            mirostat_eta: 0.1,
+            logit_bias: Vec::new(),
+            banned_tokens: Vec::new(),
+            logits_hook: None,
+            logprobs: None,
             stop: Vec::new(),
+            stop_tokens: Vec::new(),
             seed: -1,
             ignore_eos: false,
             min_tokens: 0,
@@ -264,26 +332,71 @@ impl GenerationConfig {
     pub fn validate(&self) -> Result<()> {
         check("max_tokens", self.max_tokens, -1, i64::from(i32::MAX))?;
         check("temperature", self.temperature, 0.0, 100.0)?;
+        check("dynatemp_range", self.dynatemp_range, 0.0, 100.0)?;
+        check("dynatemp_exponent", self.dynatemp_exponent, 0.0, 100.0)?;
         check("top_p", self.top_p, f32::MIN_POSITIVE, 1.0)?;
         check("top_k", self.top_k, 0, i32::MAX as u32)?;
         check("min_p", self.min_p, 0.0, 1.0 - f32::EPSILON)?;
+        check("typical_p", self.typical_p, f32::MIN_POSITIVE, 1.0)?;
+        check("top_n_sigma", self.top_n_sigma, -1.0, 100.0)?;
+        check("xtc_probability", self.xtc_probability, 0.0, 1.0)?;
+        check("xtc_threshold", self.xtc_threshold, 0.0, 1.0)?;
         check("repeat_penalty", self.repeat_penalty, f32::MIN_POSITIVE, 10.0)?;
         check("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
         check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
-        check("penalty_last_n", self.penalty_last_n, -1, 1 << 24)?;
-        check("seed", self.seed, -1, i64::MAX)?;
-        check("n_keep", self.n_keep, -1, 1 << 24)?;
-        check("the number of `stop` strings", self.stop.len(), 0, 64)?;
-        for stop in &self.stop {
-            check("the bytes of each `stop` string", stop.len(), 1, 4096)?;
+        check("penalty_last_n", self.penalty_last_n, -1, LONGEST)?;
+        check("dry_multiplier", self.dry_multiplier, 0.0, 100.0)?;
+        check("dry_base", self.dry_base, 1.0, 100.0)?;
+        check("dry_allowed_length", self.dry_allowed_length, 0, LONGEST as u32)?;
+        check("dry_penalty_last_n", self.dry_penalty_last_n, -1, LONGEST)?;
+        check_strings("dry_sequence_breakers", &self.dry_sequence_breakers, 64)?;
+        check("mirostat", self.mirostat, 0, 2)?;
+        check("mirostat_tau", self.mirostat_tau, 0.0, 100.0)?;
+        check("mirostat_eta", self.mirostat_eta, 0.0, 10.0)?;
+        check("the number of `logit_bias` entries", self.logit_bias.len(), 0, MOST_IDS)?;
+        for (token, bias) in &self.logit_bias {
+            check(&format!("logit_bias[{token}]"), *bias, f32::MIN, f32::MAX)?;
         }
-        Ok(())
+        check("the number of `banned_tokens`", self.banned_tokens.len(), 0, MOST_IDS)?;
+        check("the number of `stop_tokens`", self.stop_tokens.len(), 0, 1024)?;
+        self.check_tokens(i32::MAX as u32)?;
+        check("logprobs", self.logprobs.unwrap_or(0), 0, 20)?;
+        check_strings("stop", &self.stop, 4096)?;
+        check("n_keep", self.n_keep, -1, 1 << 24)?;
+        check("seed", self.seed, -1, i64::MAX)
     }
 
     /// How many tokens of the beginning stay when the context overflows.
     pub fn kept_tokens(&self, num_prompt: usize, n_ctx: usize) -> usize {
         usize::try_from(self.n_keep).unwrap_or(num_prompt).min(num_prompt).min(n_ctx / 2)
     }
+
+    /// Whether all ids are of a vocabulary of this size.
+    pub fn check_tokens(&self, n_vocab: u32) -> Result<()> {
+        let check_all = |name: &str, tokens: &mut dyn Iterator<Item = &i32>| {
+            tokens.enumerate().try_for_each(|(index, token)| match u32::try_from(*token) {
+                Ok(id) if id < n_vocab => Ok(()),
+                _ => {
+                    let allowed = format!("a token id from 0 to {}", i64::from(n_vocab) - 1);
+                    Err(Error::invalid(&format!("{name}[{index}]"), token, &allowed))
+                }
+            })
+        };
+        check_all("logit_bias", &mut self.logit_bias.iter().map(|(token, _)| token))?;
+        check_all("banned_tokens", &mut self.banned_tokens.iter())?;
+        check_all("stop_tokens", &mut self.stop_tokens.iter())
+    }
+}
+
+/// Of tokens to look back.
+const LONGEST: i32 = 1 << 24;
+/// More than any vocabulary has.
+const MOST_IDS: usize = 1 << 20;
+
+fn check_strings(name: &str, strings: &[String], most_bytes: usize) -> Result<()> {
+    check(&format!("the number of `{name}` strings"), strings.len(), 0, 64)?;
+    let what = format!("the bytes of each `{name}` string");
+    strings.iter().try_for_each(|string| check(&what, string.len(), 1, most_bytes))
 }
 
 /// NaN is in no range, so it is refused with the rest.

@@ -1,6 +1,8 @@
 //! Every way the engine can fail, each variant beside its hint; no Python, no HTTP.
 
+use std::any::Any;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -50,6 +52,13 @@ pub enum Error {
     #[error("sampling failed: {what}")]
     Sampling { what: String },
 
+    /// `cause` is what the caller's function raised, for those who know its kind.
+    #[error("the logits hook failed: {what}")]
+    LogitsHook { what: String, cause: Option<Arc<dyn Any + Send + Sync>> },
+
+    #[error("{what} cannot be called from a logits hook of the same model")]
+    ModelBusy { what: &'static str },
+
     #[error("the request did not end within {seconds} s ({generated} tokens were generated)")]
     GenerationTimeout { seconds: f64, generated: u64 },
 
@@ -94,6 +103,9 @@ impl Error {
             }
             Error::QueueFull { .. } => {
                 Some("try again later, or load the model with a larger `queue_size`".into())
+            }
+            Error::ModelBusy { .. } => {
+                Some("ask another model, or ask this one when the hook has returned".into())
             }
             Error::ModelNotLoaded { .. } => Some("call `load()` first".into()),
             Error::ForkedProcess { .. } => {

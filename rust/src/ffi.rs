@@ -41,6 +41,14 @@ pub(crate) struct ShimPool {
 }
 
 #[repr(C)]
+pub(crate) struct ShimSampler {
+    pub name: *const c_char,
+    pub values: [f32; 4],
+    pub strings: *const *const c_char,
+    pub n_strings: usize,
+}
+
+#[repr(C)]
 pub(crate) struct ContextParams {
     pub n_ctx: u32,
     pub n_batch: u32,
@@ -214,6 +222,20 @@ unsafe extern "C" {
     fn ta_cpu_seconds() -> f64;
     fn ta_backend_load(path: *const c_char, error: *mut ShimError) -> c_int;
     fn ta_probe_cpu(error: *mut ShimError) -> c_int;
+    pub(crate) fn ta_samplers_apply(
+        vocab: *const llama_vocab,
+        samplers: *const ShimSampler,
+        n_samplers: i32,
+        history: *const i32,
+        n_history: i32,
+        rows: *const f32,
+        n_rows: i32,
+        n_vocab: i32,
+        tokens: *mut i32,
+        probabilities: *mut f64,
+        n_left: *mut i32,
+        error: *mut ShimError,
+    ) -> c_int;
     fn ta_throw(error: *mut ShimError) -> c_int;
 }
 

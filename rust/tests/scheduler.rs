@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::*;
-use tabagent_model::config::{GenerationConfig, Overflow, Priority};
+use tabagent_model::config::{GenerationConfig, LogitsHook, Overflow, Priority};
 use tabagent_model::context::message::FinishReason::{Cancelled, Length, Stop};
 use tabagent_model::context::message::{Event, FinishReason};
 use tabagent_model::context::runner::Interrupt;
@@ -151,6 +151,53 @@ fn logits_that_are_no_numbers_end_only_their_request() {
     let expected = [failed([65], &broken), said(11..16, Length)];
     assert_eq!(engine.answers([1, 2]), expected);
     assert_eq!(engine.ask(3, &[20], at_most(2)), said([21, 22], Length));
+}
+
+#[test]
+fn a_logits_hook_that_fails_ends_only_its_request() {
+    let mut engine = Engine::new(Setup::default());
+    let hook = |tokens: &[i32], _: &mut [f32]| match tokens.len() {
+        3 => Err(Error::Sampling { what: "three".into() }),
+        _ => Ok(()),
+    };
+    let hooked = GenerationConfig { logits_hook: Some(LogitsHook(Arc::new(hook))), ..at_most(5) };
+    engine.submit(1, &[30], hooked);
+    engine.submit(2, &[10], at_most(5));
+    let error = Error::Sampling { what: "three".into() };
+    assert_eq!(engine.answers([1, 2]), [failed([31, 32], &error), said(11..16, Length)]);
+}
+
+#[test]
+fn a_logits_hook_that_panics_ends_only_its_request() {
+    let mut engine = Engine::new(Setup::default());
+    let hook = LogitsHook(Arc::new(|_, _| panic!("in the hook")));
+    engine.submit(1, &[30], GenerationConfig { logits_hook: Some(hook), ..at_most(5) });
+    engine.submit(2, &[10], at_most(5));
+    let error = Error::LogitsHook { what: "it panicked".into(), cause: None };
+    assert_eq!(engine.answers([1, 2]), [failed([], &error), said(11..16, Length)]);
+}
+
+#[test]
+fn a_stop_token_ends_the_text_before_it() {
+    let mut engine = Engine::new(Setup::default());
+    let stops = |min_tokens| GenerationConfig { stop_tokens: vec![13], min_tokens, ..at_most(5) };
+    assert_eq!(engine.ask(1, &[10], stops(0)), said([11, 12], Stop));
+    // Too early it is not chosen at all; of the others, which are alike, the first one is.
+    assert_eq!(engine.ask(2, &[10], stops(3)), said([11, 12, 0, 1, 2], Length));
+}
+
+#[test]
+fn each_token_has_its_logprobs_with_the_last_event() {
+    let mut engine = Engine::new(Setup::default());
+    engine.submit(1, &[10], GenerationConfig { logprobs: Some(1), ..at_most(3) });
+    engine.submit(2, &[20], at_most(3));
+    engine.answers([1, 2]);
+    let told = engine.logprobs(1).unwrap();
+    let tokens: Vec<i32> = told.iter().map(|each| each.chosen.token).collect();
+    assert_eq!(tokens, [11, 12, 13]);
+    assert!(told.iter().all(|each| each.top == [each.chosen.clone()] && each.chosen.logprob < 0.0));
+    assert_eq!(told[0].chosen.text, text_of(&[11]));
+    assert_eq!(engine.logprobs(2), None);
 }
 
 // ---- crowds ----------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::sampler::Breakers;
 use crate::config::GenerationConfig;
 use crate::error::Error;
 
+#[allow(clippy::large_enum_variant)] // one is moved per request
 pub enum Command {
     Add(Request),
     Abort(u64),
@@ -42,6 +44,8 @@ pub struct Request {
     /// Tokens of the prompt that were dropped because it did not fit.
     pub dropped: usize,
     pub config: GenerationConfig,
+    /// Of the strings in the config.
+    pub breakers: Arc<Breakers>,
     pub submitted: Instant,
     /// Where its events go: the context's own outbox, or that of a caller who waits for it alone.
     pub outbox: Arc<Outbox>,
@@ -64,6 +68,22 @@ pub struct End {
     pub stop: Option<String>,
     pub error: Option<Error>,
     pub stats: Stats,
+    /// For each token, where they were asked for.
+    pub logprobs: Option<Vec<TokenLogprobs>>,
+}
+
+/// What the model thought of a chosen token and of the likeliest ones, before any sampler.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    pub chosen: Logprob,
+    pub top: Vec<Logprob>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logprob {
+    pub token: i32,
+    pub text: String,
+    pub logprob: f32,
 }
 
 impl PartialEq for End {

@@ -22,7 +22,7 @@ mod text;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use crate::config::{ContextConfig, GenerationConfig, KvType, Overflow};
@@ -45,7 +45,7 @@ pub use budget::Budget;
 pub use metrics::{Distribution, Metrics, SlotView};
 pub use pace::Pace;
 pub use pool::Turn;
-pub use sampler::Sampler;
+pub use sampler::{Breakers, LlamaSampler, Sampler, dry_breakers, llama_samplers};
 pub use slots::Slots;
 pub use text::TextStream;
 
@@ -56,6 +56,8 @@ pub struct Context {
     model: Weak<Model>,
     commands: Mutex<Sender<Command>>,
     owner: Mutex<Option<JoinHandle<()>>>,
+    owner_id: ThreadId,
+    known_breakers: sampler::KnownBreakers,
     shared: Arc<Shared>,
     limits: Limits,
     n_threads: u32,
@@ -144,7 +146,9 @@ impl Context {
         Ok(Context {
             model: Weak::new(),
             commands: Mutex::new(sender),
+            owner_id: owner.thread().id(),
             owner: Mutex::new(Some(owner)),
+            known_breakers: sampler::KnownBreakers::default(),
             shared,
             limits,
             n_threads: 1,
@@ -229,6 +233,9 @@ impl Context {
         self.closed.store(true, Ordering::SeqCst);
         let _ = lock(&self.commands).send(Command::Close);
         self.shared.interrupt.set();
+        if self.check_thread("closing").is_err() {
+            return; // it ends by itself, after this
+        }
         if let Some(owner) = lock(&self.owner).take() {
             let _ = owner.join();
         }
@@ -317,8 +324,10 @@ impl Context {
         config: GenerationConfig,
     ) -> Result<()> {
         self.check_process()?;
+        self.check_thread("generating")?;
         config.validate()?;
         let submitted = Instant::now();
+        let breakers = self.check_vocabulary(&config)?;
         let prompt = self.tokens_of(prompt, &config)?;
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "nothing", "at least one token"));
@@ -337,12 +346,22 @@ impl Context {
         }
         self.shared.entered_queue();
         add(&self.shared.meter.requests, 1);
-        let request = Request { id, prompt, dropped, config, submitted, outbox };
+        let request = Request { id, prompt, dropped, config, breakers, submitted, outbox };
         commands.send(Command::Add(request)).map_err(|_| {
             self.shared.left_queue();
             let what = "the model of this context (its thread has ended)".into();
             Error::ModelNotLoaded { what }
         })
+    }
+
+    /// Refuses ids that the vocabulary does not have, and looks up in it what has to be looked up.
+    fn check_vocabulary(&self, config: &GenerationConfig) -> Result<Arc<Breakers>> {
+        let Ok(model) = self.model() else { return Ok(Arc::default()) };
+        config.check_tokens(model.vocab_size())?;
+        match config.dry_multiplier {
+            0.0 => Ok(Arc::default()),
+            _ => self.known_breakers.of(config, model.vocabulary()),
+        }
     }
 
     fn tokens_of(&self, prompt: Prompt, config: &GenerationConfig) -> Result<Vec<i32>> {
@@ -399,6 +418,14 @@ impl Context {
             return Err(Error::ForkedProcess { owner: self.process, child });
         }
         Ok(())
+    }
+
+    /// What waits for the owner thread cannot be called on it, which is where logits hooks run.
+    pub fn check_thread(&self, what: &'static str) -> Result<()> {
+        match std::thread::current().id() == self.owner_id {
+            true => Err(Error::ModelBusy { what }),
+            false => Ok(()),
+        }
     }
 
     /// In a forked child the owner thread does not exist, and what it held stays held.

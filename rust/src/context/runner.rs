@@ -40,6 +40,10 @@ pub trait Runner {
     /// wait to be read.
     fn prompt_rows(&self, num_generating: usize, num_prompts: usize) -> usize;
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()>;
+    /// As `piece`, but control tokens are written out, too.
+    fn name(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
+        self.piece(token, out)
+    }
     fn end_tokens(&self) -> Vec<i32>;
 }
 
@@ -370,6 +374,10 @@ impl Runner for LlamaRunner {
 
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
         self.model.vocabulary().piece(token, false, out)
+    }
+
+    fn name(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
+        self.model.vocabulary().piece(token, true, out)
     }
 
     fn end_tokens(&self) -> Vec<i32> {

@@ -231,9 +231,8 @@ impl<R: Runner> Scheduler<R> {
             Ok(logits) => logits,
             Err(error) => return Some(Ending::Failed(error)),
         };
-        let piece = |token, out: &mut Vec<u8>| self.runner.piece(token, out);
         let before = sequence.num_generated();
-        let ending = sequence.advance(logits, &self.end_tokens, piece, now);
+        let ending = sequence.advance(logits, &self.end_tokens, &self.runner, now);
         add(&self.shared.meter.generated_tokens, (sequence.num_generated() - before) as u64);
         if let Some(gap) = sequence.last_gap() {
             self.shared.meter.note_gap(gap);

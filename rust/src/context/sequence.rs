@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::message::{End, Event, FinishReason, Outbox, Request, Stats};
+use super::message::{End, Event, FinishReason, Logprob, Outbox, Request, Stats, TokenLogprobs};
 use super::metrics::SlotView;
+use super::runner::Runner;
 use super::sampler::Sampler;
 use super::text::TextStream;
 use crate::config::{Overflow, Priority};
@@ -38,8 +39,10 @@ pub struct Sequence {
     max_tokens: usize,
     min_tokens: usize,
     ignores_end: bool,
+    stop_tokens: Vec<i32>,
     n_ctx: usize,
     sampler: Sampler,
+    logprobs: Option<Vec<TokenLogprobs>>,
     text: TextStream,
     news: Event,
     deadline: Option<Instant>,
@@ -59,7 +62,7 @@ struct Times {
 
 impl Sequence {
     pub fn new(request: Request, n_ctx: usize) -> Sequence {
-        let Request { id, prompt, dropped, mut config, submitted, outbox } = request;
+        let Request { id, prompt, dropped, mut config, breakers, submitted, outbox } = request;
         let stops = std::mem::take(&mut config.stop);
         let after = |time: Option<Duration>| time.and_then(|time| submitted.checked_add(time));
         Sequence {
@@ -79,9 +82,11 @@ impl Sequence {
             max_tokens: usize::try_from(config.max_tokens).unwrap_or(usize::MAX),
             min_tokens: config.min_tokens as usize,
             ignores_end: config.ignore_eos,
+            stop_tokens: std::mem::take(&mut config.stop_tokens),
             deadline: after(config.timeout),
             start_by: after(config.max_queue_wait),
-            sampler: Sampler::new(config, &prompt, n_ctx),
+            logprobs: config.logprobs.map(|_| Vec::new()),
+            sampler: Sampler::new(config, breakers, n_ctx),
             tokens: prompt,
             n_ctx,
             text: TextStream::new(stops),
@@ -166,24 +171,27 @@ impl Sequence {
         &mut self,
         logits: &[f32],
         end_tokens: &[i32],
-        piece: impl FnOnce(i32, &mut Vec<u8>) -> crate::error::Result<()>,
+        runner: &impl Runner,
         now: Instant,
     ) -> Option<Ending> {
-        let may_end = !self.ignores_end && self.num_generated() >= self.min_tokens;
-        let banned = if may_end { &[] } else { end_tokens };
-        let token = match self.sampler.sample(logits, banned) {
+        let is_early = self.num_generated() < self.min_tokens;
+        let ends: &[i32] = if is_early || self.ignores_end { end_tokens } else { &[] };
+        let stops: &[i32] = if is_early { &self.stop_tokens } else { &[] };
+        let banned = ends.iter().chain(stops).copied();
+        let token = match self.sampler.sample(logits, &self.tokens, banned) {
             Ok(token) => token,
             Err(error) => return Some(Ending::Failed(error)),
         };
         self.times.note_token(now);
-        if end_tokens.contains(&token) {
+        if end_tokens.contains(&token) || self.stop_tokens.contains(&token) {
             return Some(Ending::Stop(None));
         }
+        self.note_logprobs(logits, token, runner);
         self.tokens.push(token);
         self.num_generated += 1;
         self.news.tokens.push(token);
         let mut bytes = Vec::with_capacity(16);
-        if let Err(error) = piece(token, &mut bytes) {
+        if let Err(error) = runner.piece(token, &mut bytes) {
             return Some(Ending::Failed(error));
         }
         let (text, stop) = self.text.push(&bytes);
@@ -198,6 +206,19 @@ impl Sequence {
     /// The time between the last token and the one before.
     pub fn last_gap(&self) -> Option<Duration> {
         self.times.gaps.last().map(|gap| Duration::from_secs_f32(*gap))
+    }
+
+    fn note_logprobs(&mut self, logits: &[f32], token: i32, runner: &impl Runner) {
+        let Some(all) = &mut self.logprobs else { return };
+        let Some((logprob, top)) = self.sampler.logprobs(logits, token) else { return };
+        let with_text = |(token, logprob)| {
+            let mut text = Vec::new();
+            let _ = runner.name(token, &mut text); // what has no text is known by its id
+            let text = String::from_utf8_lossy(&text).into_owned();
+            Logprob { token, text, logprob }
+        };
+        let top = top.into_iter().map(with_text).collect();
+        all.push(TokenLogprobs { chosen: with_text((token, logprob)), top });
     }
 
     /// What is new since the last time, if anything is.
@@ -222,7 +243,8 @@ impl Sequence {
         if stop.is_none() {
             event.text.push_str(&self.text.finish());
         }
-        event.end = Some(End { reason, stop, error, stats });
+        let logprobs = self.logprobs.take();
+        event.end = Some(End { reason, stop, error, stats, logprobs });
         event
     }
 

@@ -63,6 +63,10 @@ impl Vocabulary {
         })
     }
 
+    pub(crate) fn as_ptr(&self) -> *const llama_vocab {
+        self.pointer
+    }
+
     pub fn size(&self) -> u32 {
         self.ends_generation.len() as u32
     }

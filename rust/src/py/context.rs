@@ -8,7 +8,7 @@ use pyo3::types::{PyAny, PyBytes, PyDict, PyMapping, PyString};
 use super::convert::{self, guarded};
 use super::error::exception;
 use crate::context::Context;
-use crate::context::message::Event;
+use crate::context::message::{Event, Logprob};
 
 #[pyclass(frozen, module = "tabagent_model._core")]
 pub struct PyContext {
@@ -18,6 +18,13 @@ pub struct PyContext {
 impl PyContext {
     pub(super) fn new(context: Arc<Context>) -> PyContext {
         PyContext { context }
+    }
+}
+
+/// Its thread may be waiting for Python, in a logits hook; so nobody may wait for it with Python.
+impl Drop for PyContext {
+    fn drop(&mut self) {
+        Python::attach(|py| py.detach(|| self.context.close()));
     }
 }
 
@@ -43,12 +50,16 @@ impl PyContext {
 
     /// Sleeps until a step has produced something. An empty list means the context is closed.
     fn next_events(&self, py: Python<'_>) -> PyResult<Vec<PyEvent>> {
-        let events = guarded(py, || Ok(self.context.next_events()))?;
+        let events = guarded(py, || {
+            self.context.check_thread("waiting")?;
+            Ok(self.context.next_events())
+        })?;
         Ok(events.into_iter().map(PyEvent).collect())
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         guarded(py, || {
+            self.context.check_thread("closing")?;
             self.context.close();
             Ok(())
         })
@@ -188,6 +199,9 @@ impl PyContext {
     }
 }
 
+/// Token, text, logprob.
+type OneLogprob = (i32, String, f32);
+
 #[pyclass(frozen, name = "Event", module = "tabagent_model._core")]
 pub struct PyEvent(Event);
 
@@ -231,5 +245,12 @@ impl PyEvent {
     #[getter]
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
         self.0.end.as_ref().map(|end| convert::stats(py, &end.stats)).transpose()
+    }
+    /// None where they were not asked for.
+    #[getter]
+    fn logprobs(&self) -> Option<Vec<(OneLogprob, Vec<OneLogprob>)>> {
+        let of = |one: &Logprob| (one.token, one.text.clone(), one.logprob);
+        let all = self.0.end.as_ref()?.logprobs.as_ref()?;
+        Some(all.iter().map(|each| (of(&each.chosen), each.top.iter().map(of).collect())).collect())
     }
 }

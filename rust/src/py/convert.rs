@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyMapping, PyString};
 
 use super::error::exception;
+use super::hook;
 use crate::config::{GenerationConfig, Overflow, Priority};
 use crate::context::message::Stats;
 use crate::context::{Distribution, Metrics, Prompt, SlotView};
@@ -84,14 +85,33 @@ pub(super) fn set(
     match name {
         "max_tokens" => config.max_tokens = whole(name, value)?,
         "temperature" => config.temperature = number(name, value)? as f32,
+        "dynatemp_range" => config.dynatemp_range = number(name, value)? as f32,
+        "dynatemp_exponent" => config.dynatemp_exponent = number(name, value)? as f32,
         "top_p" => config.top_p = number(name, value)? as f32,
         "top_k" => config.top_k = whole(name, value)?,
         "min_p" => config.min_p = number(name, value)? as f32,
+        "typical_p" => config.typical_p = number(name, value)? as f32,
+        "top_n_sigma" => config.top_n_sigma = number(name, value)? as f32,
+        "xtc_probability" => config.xtc_probability = number(name, value)? as f32,
+        "xtc_threshold" => config.xtc_threshold = number(name, value)? as f32,
         "repeat_penalty" => config.repeat_penalty = number(name, value)? as f32,
         "presence_penalty" => config.presence_penalty = number(name, value)? as f32,
         "frequency_penalty" => config.frequency_penalty = number(name, value)? as f32,
         "penalty_last_n" => config.penalty_last_n = whole(name, value)?,
-        "stop" => config.stop = stops(value)?,
+        "dry_multiplier" => config.dry_multiplier = number(name, value)? as f32,
+        "dry_base" => config.dry_base = number(name, value)? as f32,
+        "dry_allowed_length" => config.dry_allowed_length = whole(name, value)?,
+        "dry_penalty_last_n" => config.dry_penalty_last_n = whole(name, value)?,
+        "dry_sequence_breakers" => config.dry_sequence_breakers = strings(name, value)?,
+        "mirostat" => config.mirostat = whole(name, value)?,
+        "mirostat_tau" => config.mirostat_tau = number(name, value)? as f32,
+        "mirostat_eta" => config.mirostat_eta = number(name, value)? as f32,
+        "logit_bias" => config.logit_bias = biases(value)?,
+        "banned_tokens" => config.banned_tokens = ids(name, value)?,
+        "logits_hook" => config.logits_hook = Some(hook::of(value)?),
+        "logprobs" => config.logprobs = Some(whole(name, value)?),
+        "stop" => config.stop = strings(name, value)?,
+        "stop_tokens" => config.stop_tokens = ids(name, value)?,
         "seed" => config.seed = whole(name, value)?,
         "ignore_eos" => config.ignore_eos = value.is_truthy()?,
         "min_tokens" => config.min_tokens = whole(name, value)?,
@@ -135,13 +155,34 @@ fn number(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
     value.extract().map_err(|_| refused())
 }
 
-fn stops(value: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
+fn strings(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<String>> {
     if let Ok(one) = value.cast::<PyString>() {
         return Ok(vec![text(one)?.to_owned()]);
     }
-    value.extract().map_err(|_| {
-        exception(&Error::invalid("stop", shown(value), "a string or several strings"))
-    })
+    value
+        .extract()
+        .map_err(|_| exception(&Error::invalid(name, shown(value), "a string or several strings")))
+}
+
+fn ids(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
+    let refused = |_| exception(&Error::invalid(name, shown(value), "a list of token ids"));
+    let ids = value.try_iter().map_err(refused)?.enumerate();
+    ids.map(|(index, id)| token(&id?, &format!("{name}[{index}]"))).collect()
+}
+
+/// JSON has only strings as keys, so a number written in one is an id, too.
+fn biases(value: &Bound<'_, PyAny>) -> PyResult<Vec<(i32, f32)>> {
+    let refused = || {
+        exception(&Error::invalid("logit_bias", shown(value), "a mapping of token ids to numbers"))
+    };
+    let pairs = value.cast::<PyMapping>().map_err(|_| refused())?.items()?;
+    let bias = |pair: Bound<'_, PyAny>| {
+        let (key, bias): (Bound<'_, PyAny>, Bound<'_, PyAny>) = pair.extract()?;
+        let written = key.cast::<PyString>().ok().and_then(|key| key.to_str().ok()?.parse().ok());
+        let id = written.map_or_else(|| token(&key, "logit_bias"), Ok)?;
+        Ok((id, number(&format!("logit_bias[{id}]"), &bias)? as f32))
+    };
+    pairs.iter().map(bias).collect()
 }
 
 fn seconds(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<Duration>> {
@@ -190,7 +231,7 @@ fn overflow(value: &Bound<'_, PyAny>) -> PyResult<Overflow> {
 }
 
 /// A value as an error message quotes it: short.
-fn shown(value: &Bound<'_, PyAny>) -> String {
+pub(super) fn shown(value: &Bound<'_, PyAny>) -> String {
     let text = value.repr().map_or_else(|_| "something".into(), |repr| repr.to_string());
     text.chars().take(60).collect()
 }

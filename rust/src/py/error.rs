@@ -40,6 +40,15 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         Error::Tokenization { .. } => "TokenizationError",
         Error::Template { .. } => "TemplateError",
         Error::Sampling { .. } => "SamplingError",
+        Error::LogitsHook { cause, .. } => {
+            // What the caller's own function raised is what the caller gets.
+            let raised = cause.as_ref().and_then(|cause| cause.downcast_ref::<PyErr>());
+            if let Some(raised) = raised {
+                return Ok(raised.clone_ref(py));
+            }
+            "SamplingError"
+        }
+        Error::ModelBusy { .. } => "ModelBusyError",
         Error::GenerationTimeout { .. } => "GenerationTimeoutError",
         Error::QueueTimeout { .. } => "QueueTimeoutError",
         Error::QueueFull { .. } => "QueueFullError",

@@ -4,6 +4,7 @@ mod chat;
 mod context;
 mod convert;
 mod error;
+mod hook;
 mod model;
 
 use std::path::{Path, PathBuf};

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tabagent_model::config::GenerationConfig;
-use tabagent_model::context::message::{Event, FinishReason, Stats};
+use tabagent_model::context::message::{Event, FinishReason, Stats, TokenLogprobs};
 use tabagent_model::context::runner::{Interrupt, Limits, Outcome, Row, Runner};
 use tabagent_model::context::{Capacity, Context, Prompt};
 use tabagent_model::error::{Error, Result};
@@ -487,6 +487,10 @@ impl Engine {
 
     pub fn stats(&self, id: u64) -> Stats {
         self.told[&id].last().and_then(|event| event.end.clone()).expect("it has ended").stats
+    }
+
+    pub fn logprobs(&self, id: u64) -> Option<Vec<TokenLogprobs>> {
+        self.told[&id].last().and_then(|event| event.end.clone()).expect("it has ended").logprobs
     }
 
     /// One request, alone.
