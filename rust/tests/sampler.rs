@@ -283,7 +283,7 @@ fn typical_keeps_those_that_surprise_as_much_as_expected() {
     let row = logits(&[0.4, 0.3, 0.2, 0.1]);
     let with = |typical_p| frequencies(GenerationConfig { typical_p, ..plain() }, &row, &[]);
     assert_close(&with(0.2), &[(1, 100)]);
-    assert_close(&with(0.5), &[(1, 60), (2, 40)]);
+    assert_close(&with(0.45), &[(1, 60), (2, 40)]);
     assert_close(&with(0.8), &[(0, 44), (1, 33), (2, 22)]);
 }
 
@@ -431,7 +431,7 @@ fn no_combination_leaves_nobody_or_lets_a_banned_token_through() {
         let is_anything_left = !(0..n_vocab as i32).all(|token| is_banned(&token));
         let mut sampler = sampler(config.clone());
         let mut tokens: Vec<i32> =
-            (0..dice.usize(..80)).map(|_| dice.i32(..n_vocab as i32)).collect();
+            (0..dice.usize(..80)).map(|_| dice.i32(0..n_vocab as i32)).collect();
         for _ in 0..3 {
             match sampler.sample(&row, &tokens, banned.iter().copied()) {
                 Ok(token) => {
@@ -451,7 +451,7 @@ fn no_combination_leaves_nobody_or_lets_a_banned_token_through() {
 }
 
 fn random_config(dice: &mut fastrand::Rng, n_vocab: usize) -> GenerationConfig {
-    let token = dice.i32(..n_vocab as i32);
+    let token = dice.i32(0..n_vocab as i32);
     GenerationConfig {
         temperature: pick(dice, [0.0, f32::MIN_POSITIVE, 0.7, 100.0]),
         dynatemp_range: pick(dice, [0.0, 0.0, 0.5, 100.0]),
@@ -473,7 +473,7 @@ fn random_config(dice: &mut fastrand::Rng, n_vocab: usize) -> GenerationConfig {
         mirostat_tau: pick(dice, [0.0, 1.0, 5.0, 100.0]),
         mirostat_eta: pick(dice, [0.0, 0.1, 1.0, 10.0]),
         logit_bias: vec![(token, pick(dice, [0.0, f32::MIN, 100.0, f32::MAX]))],
-        banned_tokens: vec![dice.i32(..n_vocab as i32)],
+        banned_tokens: vec![dice.i32(0..n_vocab as i32)],
         logprobs: pick(dice, [None, Some(0), Some(5), Some(20)]),
         ..plain()
     }
@@ -586,7 +586,7 @@ fn what_a_token_costs_at_a_large_vocabulary() {
     ];
     for (name, config) in cases {
         let mut sampler = Sampler::new(config, Arc::default(), 4096);
-        let mut tokens: Vec<i32> = (0..3000).map(|_| dice.i32(..5000)).collect();
+        let mut tokens: Vec<i32> = (0..3000).map(|_| dice.i32(0..5000)).collect();
         let mut times = Vec::new();
         for round in 0..201 {
             let begun = std::time::Instant::now();
