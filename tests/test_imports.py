@@ -33,7 +33,7 @@ MAY_IMPORT = {
         *("_core", "_courier", "_crowd", "_loading", "_log", "_prompt"),
         *("chat", "errors", "metrics", "params", "pin", "results", "stream"),
     },
-    "testing": {"errors", "params"},
+    "testing": {"errors", "params", "results"},
 }
 
 

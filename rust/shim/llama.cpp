@@ -204,6 +204,27 @@ bool ta_sequence_shift(ta_context * context, int32_t sequence, int32_t keep, int
     }) == 1;
 }
 
+int32_t ta_sequence_first(ta_context * context, int32_t sequence) noexcept {
+    int32_t first = -1;
+    ta_guard(nullptr, [&] {
+        first = llama_memory_seq_pos_min(llama_get_memory(context->llama), sequence);
+        return int(TA_OK);
+    });
+    return first;
+}
+
+bool ta_sequence_copy(ta_context * context, int32_t from, int32_t to) noexcept {
+    return ta_guard(nullptr, [&] {
+        llama_memory_t memory = llama_get_memory(context->llama);
+        if (!llama_memory_seq_rm(memory, to, -1, -1)) {
+            return 0;
+        }
+        // Sequences lie in streams of their own, between which only the whole can be copied.
+        llama_memory_seq_cp(memory, from, to, -1, -1);
+        return 1;
+    }) == 1;
+}
+
 size_t ta_sequence_state_size(ta_context * context, int32_t sequence) noexcept {
     size_t size = 0;
     ta_guard(nullptr, [&] {

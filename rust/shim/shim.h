@@ -93,6 +93,11 @@ bool ta_can_shift(const ta_context * context) TA_NOEXCEPT;
 // Forgets `drop` positions after the first `keep`, and moves the rest up. Only where it can shift.
 bool ta_sequence_shift(ta_context * context, int32_t sequence, int32_t keep, int32_t drop) TA_NOEXCEPT;
 
+// The first position that a sequence holds everything of, -1 if it holds nothing.
+int32_t ta_sequence_first(ta_context * context, int32_t sequence) TA_NOEXCEPT;
+// Makes `to` hold what `from` holds, all of it, with the next decode; `to` loses what it held.
+bool ta_sequence_copy(ta_context * context, int32_t from, int32_t to) TA_NOEXCEPT;
+
 // What a sequence holds, as bytes: how many, and the bytes themselves. 0 when that failed.
 size_t ta_sequence_state_size(ta_context * context, int32_t sequence) TA_NOEXCEPT;
 size_t ta_sequence_state_get(ta_context * context, int32_t sequence, uint8_t * out, size_t size) TA_NOEXCEPT;

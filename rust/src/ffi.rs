@@ -134,6 +134,8 @@ unsafe extern "C" {
         keep: i32,
         drop: i32,
     ) -> bool;
+    pub(crate) fn ta_sequence_first(context: *mut ShimContext, sequence: i32) -> i32;
+    pub(crate) fn ta_sequence_copy(context: *mut ShimContext, from: i32, to: i32) -> bool;
     pub(crate) fn ta_sequence_state_size(context: *mut ShimContext, sequence: i32) -> usize;
     pub(crate) fn ta_sequence_state_get(
         context: *mut ShimContext,

@@ -56,7 +56,8 @@ impl<R: Runner> Scheduler<R> {
     fn prepare(&mut self, slot: usize, cached: usize) -> usize {
         let tokens = self.running.last().expect("just pushed").tokens.clone();
         let usable = &tokens[..tokens.len() - 1];
-        self.cache.find(usable, cached); // it counts as used before anything has to go for others
+        let can_cut = self.runner.can_cut_states();
+        self.cache.find(usable, cached, can_cut); // it counts as used before anything has to go for others
         self.keep_what_goes(slot, cached);
         let other = match self.runner.can_copy() {
             true => self.slots.find_shared(&tokens, cached + WORTH_COPYING),
@@ -64,7 +65,7 @@ impl<R: Runner> Scheduler<R> {
         };
         let best = other.map_or(cached + WORTH_COPYING, |(_, shared)| shared);
         let mut kept = cached;
-        if let Some((state, shared)) = self.cache.find(usable, best) {
+        if let Some((state, shared)) = self.cache.find(usable, best, can_cut) {
             kept = if self.runner.restore(slot, state) { shared } else { 0 };
         } else if let Some((source, shared)) = other {
             kept = if self.runner.copy(source, slot) { shared } else { 0 };
@@ -83,6 +84,10 @@ impl<R: Runner> Scheduler<R> {
         let held = self.slots.tokens(slot);
         let is_worth_it = held.len() >= kept + WORTH_COPYING;
         if !is_worth_it || self.slots.is_held_elsewhere(slot) || self.cache.holds(held) {
+            return;
+        }
+        // Nothing else may be behind it: some kinds of memory are saved from their end.
+        if !self.runner.forget(slot, held.len()) {
             return;
         }
         if self.cache.could_keep(self.runner.state_size(slot))

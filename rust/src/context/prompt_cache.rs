@@ -25,9 +25,17 @@ impl PromptCache {
     }
 
     /// The state that shares the longest beginning with `prompt`, longer than `more_than`, and how
-    /// long that is.
-    pub fn find(&mut self, prompt: &[i32], more_than: usize) -> Option<(&[u8], usize)> {
-        let shared = self.entries.iter().map(|entry| common_prefix(&entry.tokens, prompt));
+    /// long that is. States that cannot be cut must be a beginning as a whole.
+    pub fn find(
+        &mut self,
+        prompt: &[i32],
+        more_than: usize,
+        can_cut: bool,
+    ) -> Option<(&[u8], usize)> {
+        let shared = self.entries.iter().map(|entry| {
+            let shared = common_prefix(&entry.tokens, prompt);
+            if can_cut || shared == entry.tokens.len() { shared } else { 0 }
+        });
         let (index, shared) = shared.enumerate().max_by_key(|(_, shared)| *shared)?;
         if shared <= more_than {
             return None;

@@ -28,6 +28,8 @@ pub trait Runner {
     /// Whether what one slot holds can be copied to another, also while it is being used.
     fn can_copy(&self) -> bool;
     fn copy(&mut self, from: usize, to: usize) -> bool;
+    /// Whether of what was saved a beginning can be used; otherwise it is all or nothing.
+    fn can_cut_states(&self) -> bool;
     /// The bytes that `save` would give now.
     fn state_size(&self, slot: usize) -> usize;
     fn save(&mut self, slot: usize) -> Option<Vec<u8>>;
@@ -129,6 +131,10 @@ pub struct LlamaRunner {
     has_bf16_keys: bool,
     /// Whether it computes on the threads that it shares with other contexts.
     takes_turns: bool,
+    /// How many of the last tokens some layers see; 0 where all layers see all of them.
+    window: i32,
+    /// A copy between streams waits for the next decode.
+    is_copying: bool,
     // The context points to these; they go after it.
     _pool: Option<Arc<Pool>>,
     interrupt: Interrupt,
@@ -211,6 +217,9 @@ impl LlamaRunner {
             has_bf16_keys: config.kv_type == KvType::Bf16,
             may_give_up: !model.description().is_recurrent,
             takes_turns,
+            // SAFETY: the model is alive.
+            window: unsafe { llama_cpp_sys_2::llama_model_n_swa(model.as_ptr()) },
+            is_copying: false,
             _pool: pool,
             interrupt,
             model,
@@ -249,6 +258,7 @@ impl LlamaRunner {
         // An interrupted decode is nothing to complain about.
         let is_news = |outcome: &Outcome| *outcome != Outcome::Aborted;
         let outcome = log::unless_expected(|| self.decode(batch), is_news);
+        self.is_copying = false;
         let now = Instant::now();
         match outcome {
             Outcome::Done => {
@@ -310,6 +320,14 @@ impl Runner for LlamaRunner {
     }
 
     fn forget(&mut self, slot: usize, from: usize) -> bool {
+        // Of what was saved with a window, there are no tokens before the window to go back to.
+        if self.window > 0 && from > 0 {
+            // SAFETY: one of the context's own sequences.
+            let first = unsafe { ffi::ta_sequence_first(self.context, slot as i32) };
+            if first > 0 && first > from as i32 - self.window {
+                return false;
+            }
+        }
         // SAFETY: one of the context's own sequences.
         unsafe { ffi::ta_sequence_remove(self.context, slot as i32, from as i32, -1) }
     }
@@ -324,9 +342,18 @@ impl Runner for LlamaRunner {
     }
 
     /// Through main memory: llama.cpp's own copy between streams moves all cells, also the empty ones,
-    /// and only with the next decode.
+    /// and only with the next decode. But of a window's cache what is saved is only the window.
     fn copy(&mut self, from: usize, to: usize) -> bool {
-        self.save(from).is_some_and(|state| self.restore(to, &state))
+        if self.window == 0 {
+            return self.save(from).is_some_and(|state| self.restore(to, &state));
+        }
+        self.is_copying = true;
+        // SAFETY: two of the context's own sequences.
+        unsafe { ffi::ta_sequence_copy(self.context, from as i32, to as i32) }
+    }
+
+    fn can_cut_states(&self) -> bool {
+        self.window == 0 && !self.model.description().is_recurrent
     }
 
     fn state_size(&self, slot: usize) -> usize {
@@ -335,6 +362,9 @@ impl Runner for LlamaRunner {
     }
 
     fn save(&mut self, slot: usize) -> Option<Vec<u8>> {
+        if self.is_copying {
+            return None; // what is copied arrives with the next decode
+        }
         let mut state = vec![0; self.state_size(slot)];
         // SAFETY: one of the context's own sequences, and a place as large as was asked for.
         let written = unsafe {
@@ -345,6 +375,9 @@ impl Runner for LlamaRunner {
     }
 
     fn restore(&mut self, slot: usize, state: &[u8]) -> bool {
+        if self.is_copying {
+            return false; // somebody may still be copied from here
+        }
         // SAFETY: one of the context's own sequences, and bytes that `save` wrote.
         let read = unsafe {
             ffi::ta_sequence_state_set(self.context, slot as i32, state.as_ptr(), state.len())

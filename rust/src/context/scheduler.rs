@@ -252,7 +252,11 @@ impl<R: Runner> Scheduler<R> {
 
     /// The state of a slot that holds the longest beginning of these tokens.
     fn export(&mut self, tokens: &[i32]) -> Option<Exported> {
-        let (slot, _) = self.slots.find_exportable(tokens, self.runner.can_copy())?;
+        let can_cut = self.runner.can_cut_states();
+        let (slot, _) = self.slots.find_exportable(tokens, can_cut)?;
+        if !can_cut && !self.runner.forget(slot, self.slots.tokens(slot).len()) {
+            return None;
+        }
         let state = self.runner.save(slot)?;
         Some(Exported { tokens: self.slots.tokens(slot).to_vec(), state })
     }

@@ -348,6 +348,10 @@ impl Runner for ScriptedRunner {
         true
     }
 
+    fn can_cut_states(&self) -> bool {
+        self.setup.forgets_parts
+    }
+
     fn state_size(&self, slot: usize) -> usize {
         self.slots[slot].len() * 4
     }
