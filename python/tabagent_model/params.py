@@ -133,6 +133,9 @@ class ModelConfig(_Config):
         _whole(self, "n_batch", 1, 65_536)
         _whole(self, "n_threads", 0, 512)
         _whole(self, "max_parallel", 0, 256)
+        if self.max_parallel > self.n_batch:
+            allowed = f"at most `n_batch` ({self.n_batch})"
+            raise _refusal("max_parallel", allowed, self.max_parallel)
         _whole(self, "queue_size", 1, 1_000_000)
         _whole(self, "prompt_cache_mb", -1, 2**24)
         if self.gpu_layers not in ("auto", "all"):

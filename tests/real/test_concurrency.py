@@ -298,11 +298,6 @@ def test_k12_weights_that_are_unloaded_end_the_streams_of_their_contexts():
     assert isinstance(outcome(stream.collect), ModelNotLoadedError)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="in `choose` a long prompt takes all that is left of the batch, step after step, and"
-    " prompts that came later get none of it until the long one is complete",
-)
 def test_k13_short_chats_do_not_wait_for_a_long_prompt(tmp_path: Path):
     path = tmp_path / "model.gguf"
     path.write_bytes(tiny_command_r().to_bytes())

@@ -92,7 +92,7 @@ impl Options {
 }
 
 impl Heads {
-    fn of(model: &Model) -> Option<Heads> {
+    pub fn of(model: &Model) -> Option<Heads> {
         let description = model.description();
         let caps_scores =
             || model.metadata().iter().any(|(key, _)| key.ends_with(".attn_logit_softcapping"));

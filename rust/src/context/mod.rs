@@ -90,6 +90,7 @@ impl Context {
     pub(crate) fn open(model: Arc<Model>, config: &ContextConfig) -> Result<Context> {
         config.validate()?;
         check_generates(model.description())?;
+        check_blocks(&model, config.kv_type)?;
         let mut config = config.clone();
         let trained = model.context_train_size();
         if trained > 0 && config.n_ctx > trained {
@@ -493,6 +494,17 @@ impl Shared {
     fn count_prompt(&self, tokens: usize, cached: usize) {
         add(&self.meter.prompt_tokens, tokens as u64);
         add(&self.meter.cached_tokens, cached as u64);
+    }
+}
+
+/// q8_0 takes 32 numbers at a time; llama.cpp only says that there is no context.
+fn check_blocks(model: &Model, kv_type: KvType) -> Result<()> {
+    match Heads::of(model) {
+        Some(heads) if kv_type == KvType::Q8_0 && heads.dim % 32 != 0 => {
+            let allowed = format!("`auto`, `f16`, `bf16` or `f32` with heads of {}", heads.dim);
+            Err(Error::invalid("kv_type", "q8_0", &allowed))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use super::cpuid::{self, AMX_STATE, AVX_STATE, AVX512_STATE};
 use crate::error::{Error, Result};
@@ -113,12 +114,17 @@ fn examine(name: String, path: PathBuf) -> std::result::Result<CpuModule, String
     }
 }
 
+/// With the first module that is asked, ggml itself stays loaded: it sets C++'s terminate handler when
+/// it comes, does not take it back when it goes, and aborts when it comes again.
+static KEPT: OnceLock<libloading::Library> = OnceLock::new();
+
 fn score(path: &Path) -> std::result::Result<i32, libloading::Error> {
     // SAFETY: the modules of our own package, which llama.cpp would load and ask the same way.
     unsafe {
         let library = open(path)?;
-        let score = library.get::<unsafe extern "C" fn() -> i32>(b"ggml_backend_score\0")?;
-        Ok(score())
+        let score = library.get::<unsafe extern "C" fn() -> i32>(b"ggml_backend_score\0")?();
+        let _ = KEPT.set(library);
+        Ok(score)
     }
 }
 
