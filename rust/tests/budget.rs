@@ -59,19 +59,19 @@ fn the_more_wait_to_be_read_the_more_is_read() {
 fn reading_never_stops() {
     let mut budget = experienced();
     for _ in 0..50 {
-        budget.took(1, 4, Duration::from_secs(3));
+        budget.took(1, 2, Duration::from_secs(3));
     }
-    assert_eq!(budget.rows(1, 1), 4);
+    assert_eq!(budget.rows(1, 1), 2);
 }
 
 #[test]
 fn it_learns_from_steps_that_cost_more_than_they_did() {
     let mut budget = experienced();
     let before = budget.rows(1, 4);
-    let twice = |rows: usize| Duration::from_millis(10 + 10 + 4 * rows as u64);
+    let dear = |rows: usize| Duration::from_millis(10 + 10 + 16 * rows as u64);
     for _ in 0..8 {
         let rows = budget.rows(1, 4);
-        budget.took(1, rows, twice(rows));
+        budget.took(1, rows, dear(rows));
     }
     let after = budget.rows(1, 4);
     assert!(after * 3 < before * 2, "{before} before, {after} after");

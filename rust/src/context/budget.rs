@@ -8,40 +8,50 @@ use std::time::Duration;
 /// So many times as long, where no more people wait for their first token than for their next.
 const SLOWDOWN: f64 = 3.0;
 /// Aimed at a bit less, because steps vary.
-const SAFETY: f64 = 0.85;
+const SAFETY: f64 = 0.8;
+/// A small piece costs more per token than a large one; until it is known how much, so many times as
+/// much.
+const UNKNOWN: f64 = 3.0;
 /// Even the smallest piece goes on.
-const LEAST: usize = 4;
+const LEAST: usize = 2;
 
 /// Learns what steps cost from how long they took.
 pub struct Budget {
     most: usize,
     /// Seconds of a step in which so many generate and nobody reads: 1, 2–3, 4–7, …
     generating: [Option<f64>; 9],
-    /// Seconds of a prompt token on top of a pass over the weights.
-    per_row: Option<f64>,
+    /// Seconds of a prompt token on top of a pass over the weights, in pieces of 1, 2–3, 4–7, …
+    per_row: [Option<f64>; 17],
 }
 
 impl Budget {
     /// `most` is what a batch can hold.
     pub fn new(most: usize) -> Budget {
-        Budget { most, generating: [None; 9], per_row: None }
+        Budget { most, generating: [None; 9], per_row: [None; 17] }
     }
 
     /// The prompt tokens for a step beside so many who generate, when so many wait to be read.
     pub fn rows(&self, num_generating: usize, num_prompts: usize) -> usize {
-        let known = (self.step(num_generating), self.per_row);
-        let (Some(step), Some(per_row)) = known else { return self.most };
+        let Some(step) = self.step(num_generating) else { return self.most };
         let crowd = (num_prompts as f64 / num_generating.max(1) as f64).max(1.0);
         let allowed = step * (1.0 + (SLOWDOWN - 1.0) * crowd) * SAFETY;
-        let rows = (allowed - step - self.pass().unwrap_or(step)) / per_row;
-        (rows.max(0.0) as usize).clamp(LEAST, self.most)
+        let left = allowed - step - self.pass().unwrap_or(step);
+        let sizes = (0..=like(self.most)).rev().map(|size| 1 << size);
+        let fitting = sizes.filter_map(|rows| {
+            let cost = self.row_cost(rows)?;
+            (cost * rows as f64 <= left).then_some(((left / cost) as usize).min(rows * 2 - 1))
+        });
+        match self.per_row.iter().any(Option::is_some) {
+            true => fitting.max().unwrap_or(0).clamp(LEAST, self.most),
+            false => self.most,
+        }
     }
 
     /// A step with so many who generated, and so many prompt tokens, took `elapsed`.
     pub fn took(&mut self, num_generating: usize, prompt_rows: usize, elapsed: Duration) {
         let seconds = elapsed.as_secs_f64();
         if prompt_rows == 0 {
-            let known = &mut self.generating[like(num_generating)];
+            let known = &mut self.generating[like(num_generating).min(8)];
             // A single disturbed step says little.
             *known = Some(known.map_or(seconds, |old| old * 0.8 + seconds.min(old * 2.0) * 0.2));
         } else if let Some(pass) = self.pass() {
@@ -49,8 +59,17 @@ impl Budget {
             let step = self.step(num_generating).filter(|_| num_generating > 0);
             let rest = (seconds - pass - step.unwrap_or(0.0)).max(seconds * 0.2);
             let row = rest / prompt_rows as f64;
-            self.per_row = Some(self.per_row.map_or(row, |old| (old + row) / 2.0));
+            let known = &mut self.per_row[like(prompt_rows)];
+            *known = Some(known.map_or(row, |old| (old + row) / 2.0));
         }
+    }
+
+    /// Of one token in a piece of so many: as it was, as in the next smaller piece, or a guess from the
+    /// next larger one.
+    fn row_cost(&self, rows: usize) -> Option<f64> {
+        let (smaller, larger) = self.per_row.split_at(like(rows) + 1);
+        let known = smaller.iter().rev().find_map(|cost| *cost);
+        known.or_else(|| larger.iter().find_map(|cost| Some((*cost)? * UNKNOWN)))
     }
 
     /// One pass over the weights.
@@ -60,11 +79,11 @@ impl Budget {
 
     /// As far as it is known; fewer generating are no slower.
     fn step(&self, num_generating: usize) -> Option<f64> {
-        let at_most = &self.generating[..=like(num_generating)];
+        let at_most = &self.generating[..=like(num_generating).min(8)];
         at_most.iter().rev().find_map(|known| *known)
     }
 }
 
 fn like(count: usize) -> usize {
-    (count.max(1).ilog2() as usize).min(8)
+    (count.max(1).ilog2() as usize).min(16)
 }
