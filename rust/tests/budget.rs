@@ -5,6 +5,8 @@ use std::time::Duration;
 use tabagent_model::context::Budget;
 
 const MOST: usize = 512;
+const LONG: usize = 4000;
+const SHORT: usize = 400;
 
 /// A machine on which a pass over the weights takes 10 ms, each further one who generates 1 ms, and
 /// each prompt token 2 ms on top of a pass of its own.
@@ -31,16 +33,16 @@ fn experienced() -> Budget {
 #[test]
 fn who_knows_nothing_yet_reads_at_full_speed() {
     let mut budget = Budget::new(MOST);
-    assert_eq!(budget.rows(1, 1), MOST);
+    assert_eq!(budget.rows(LONG, 1, 1), MOST);
     budget.took(1, 0, seconds(1, 0));
-    assert_eq!(budget.rows(1, 1), MOST);
+    assert_eq!(budget.rows(LONG, 1, 1), MOST);
 }
 
 #[test]
 fn a_step_takes_at_most_three_times_as_long_as_without_a_prompt() {
     let budget = experienced();
     for num_generating in [1, 2, 4, 8] {
-        let rows = budget.rows(num_generating, 1);
+        let rows = budget.rows(LONG, num_generating, 1);
         let (with, without) = (seconds(num_generating, rows), seconds(num_generating, 0));
         assert!(with <= without * 3, "{num_generating}: {rows} rows, {with:?} for {without:?}");
     }
@@ -49,10 +51,19 @@ fn a_step_takes_at_most_three_times_as_long_as_without_a_prompt() {
 #[test]
 fn the_more_wait_to_be_read_the_more_is_read() {
     let budget = experienced();
-    let rows = [1, 2, 4, 8].map(|num_prompts| budget.rows(1, num_prompts));
+    let rows = [1, 2, 4, 8].map(|num_prompts| budget.rows(LONG, 1, num_prompts));
     assert!(rows.is_sorted() && rows[0] < rows[3] && rows[3] < MOST, "{rows:?}");
     // As many who read as generate are no crowd.
-    assert_eq!(budget.rows(8, 8), budget.rows(8, 1));
+    assert_eq!(budget.rows(LONG, 8, 8), budget.rows(LONG, 8, 1));
+}
+
+#[test]
+fn a_short_prompt_is_read_in_larger_pieces() {
+    let budget = experienced();
+    let (short, long) = (budget.rows(SHORT, 4, 4), budget.rows(LONG, 4, 4));
+    assert!(short > 4 * long, "{short} rows, and {long} of a long one");
+    let (with, without) = (seconds(4, short), seconds(4, 0));
+    assert!(with <= without * 24, "{short} rows, {with:?} for {without:?}");
 }
 
 #[test]
@@ -61,27 +72,27 @@ fn reading_never_stops() {
     for _ in 0..50 {
         budget.took(1, 2, Duration::from_secs(3));
     }
-    assert_eq!(budget.rows(1, 1), 2);
+    assert_eq!(budget.rows(LONG, 1, 1), 2);
 }
 
 #[test]
 fn it_learns_from_steps_that_cost_more_than_they_did() {
     let mut budget = experienced();
-    let before = budget.rows(1, 4);
+    let before = budget.rows(LONG, 1, 4);
     let dear = |rows: usize| Duration::from_millis(10 + 10 + 16 * rows as u64);
     for _ in 0..8 {
-        let rows = budget.rows(1, 4);
+        let rows = budget.rows(LONG, 1, 4);
         budget.took(1, rows, dear(rows));
     }
-    let after = budget.rows(1, 4);
+    let after = budget.rows(LONG, 1, 4);
     assert!(after * 3 < before * 2, "{before} before, {after} after");
 }
 
 #[test]
 fn a_disturbed_step_hardly_counts() {
     let mut budget = experienced();
-    let before = budget.rows(1, 1);
+    let before = budget.rows(LONG, 1, 1);
     budget.took(1, 0, Duration::from_secs(9));
-    let after = budget.rows(1, 1);
+    let after = budget.rows(LONG, 1, 1);
     assert!(after <= before * 3, "{before} before, {after} after");
 }

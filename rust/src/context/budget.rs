@@ -1,12 +1,14 @@
 //! How many prompt tokens a step takes along while others are generating.
 //!
 //! Reading a prompt in large pieces is efficient, and a pause for everybody who is in the middle of an
-//! answer. So the piece is chosen such that a step takes a few times as long as one without prompts.
+//! answer. So the piece is chosen such that a step takes a few times as long as one without prompts:
+//! few for a long prompt, whose end is far; more for a short one, which is soon read.
 
 use std::time::Duration;
 
 /// So many times as long, where no more people wait for their first token than for their next.
-const SLOWDOWN: f64 = 3.0;
+const BESIDE_LONG: f64 = 3.0;
+const BESIDE_SHORT: f64 = 24.0;
 /// Aimed at a bit less, because steps vary.
 const SAFETY: f64 = 0.8;
 /// A small piece costs more per token than a large one; until it is known how much, so many times as
@@ -30,11 +32,13 @@ impl Budget {
         Budget { most, generating: [None; 9], per_row: [None; 17] }
     }
 
-    /// The prompt tokens for a step beside so many who generate, when so many wait to be read.
-    pub fn rows(&self, num_generating: usize, num_prompts: usize) -> usize {
+    /// The tokens for a step of a prompt with so many, beside so many who generate, when so many
+    /// prompts wait to be read.
+    pub fn rows(&self, num_tokens: usize, num_generating: usize, num_prompts: usize) -> usize {
         let Some(step) = self.step(num_generating) else { return self.most };
         let crowd = (num_prompts as f64 / num_generating.max(1) as f64).max(1.0);
-        let allowed = step * (1.0 + (SLOWDOWN - 1.0) * crowd) * SAFETY;
+        let slowdown = if num_tokens > self.most { BESIDE_LONG } else { BESIDE_SHORT };
+        let allowed = step * (1.0 + (slowdown - 1.0) * crowd) * SAFETY;
         let left = allowed - step - self.pass().unwrap_or(step);
         let sizes = (0..=like(self.most)).rev().map(|size| 1 << size);
         let fitting = sizes.filter_map(|rows| {

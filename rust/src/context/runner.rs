@@ -38,9 +38,9 @@ pub trait Runner {
     /// Forgets `drop` tokens after the first `keep`, and moves the rest up. Only where
     /// `Limits::can_shift` says so. False: it can only be computed again from there on.
     fn shift(&mut self, slot: usize, keep: usize, drop: usize) -> bool;
-    /// How many prompt tokens the next step should have, beside so many who generate, when so many
-    /// wait to be read.
-    fn prompt_rows(&self, num_generating: usize, num_prompts: usize) -> usize;
+    /// How much of a prompt with so many tokens to read the next step should have, beside so many who
+    /// generate, when so many prompts wait.
+    fn prompt_rows(&self, num_tokens: usize, num_generating: usize, num_prompts: usize) -> usize;
     fn piece(&self, token: i32, out: &mut Vec<u8>) -> Result<()>;
     /// As `piece`, but control tokens are written out, too.
     fn name(&self, token: i32, out: &mut Vec<u8>) -> Result<()> {
@@ -397,11 +397,11 @@ impl Runner for LlamaRunner {
             }
     }
 
-    fn prompt_rows(&self, num_generating: usize, num_prompts: usize) -> usize {
+    fn prompt_rows(&self, num_tokens: usize, num_generating: usize, num_prompts: usize) -> usize {
         // Another context that waits for its turn is a neighbour like any other.
         match num_generating.max(usize::from(self.takes_turns && Turn::is_contended())) {
             0 => self.limits.n_batch,
-            n => self.budget.rows(n, num_prompts),
+            n => self.budget.rows(num_tokens, n, num_prompts),
         }
     }
 

@@ -173,7 +173,8 @@ impl<R: Runner> Scheduler<R> {
         }
         for (index, sequence) in prompts.iter().enumerate() {
             // Who gets a first token in this step should not wait long for the others either.
-            let advised = self.runner.prompt_rows(ready.len() + index, prompts.len() - index);
+            let (generating, left) = (ready.len() + index, prompts.len() - index);
+            let advised = self.runner.prompt_rows(sequence.num_to_read(), generating, left);
             let room = advised.min(self.limits.n_batch - self.batch.len());
             let count = sequence.remaining().min(room);
             let rows = sequence.computed..sequence.computed + count;

@@ -114,6 +114,11 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
+    /// What was not found in the cache.
+    pub fn num_to_read(&self) -> usize {
+        self.tokens.len() - self.cached
+    }
+
     pub fn num_generated(&self) -> usize {
         self.num_generated
     }

@@ -377,7 +377,7 @@ impl Runner for ScriptedRunner {
         true
     }
 
-    fn prompt_rows(&self, num_generating: usize, num_prompts: usize) -> usize {
+    fn prompt_rows(&self, _: usize, num_generating: usize, num_prompts: usize) -> usize {
         (self.setup.prompt_rows)(num_generating, num_prompts)
     }
 
