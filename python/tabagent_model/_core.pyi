@@ -180,6 +180,8 @@ class PyContext:
         """Ask for the end of a request; its last event says `cancelled`. Unknown ids are fine."""
     def next_events(self) -> list[Event]:
         """Sleep until a step has produced something. An empty list means that it is closed."""
+    def check_thread(self) -> None:
+        """Raise ModelBusyError in a logits hook, which must not wait for its own model."""
     def close(self) -> None:
         """End every request with a last event, free the context, wake `next_events`."""
     @property

@@ -100,6 +100,7 @@ class TextStream(_Stream):
 
     def __next__(self) -> str:
         while not self._answer.is_over:
+            self._courier.check_thread()
             try:
                 self._courier.check_owner()
                 event = self._receive()
@@ -126,6 +127,7 @@ class TextStream(_Stream):
         """End the request if it has not ended, and wait until its place is free."""
         if self._answer.is_over:
             return
+        self._courier.check_thread()
         self.cancel()
         while self._is_sent and not (self._answer.is_over or self._courier.is_foreign):
             is_carried = self._courier.carries(self._request.id)

@@ -146,6 +146,9 @@ class ScriptedContext:
             events, self._events = self._events, []
             return events
 
+    def check_thread(self) -> None:
+        """Every thread may wait: a script has no logits hooks."""
+
     def close(self) -> None:
         with self._changed:
             for sequence in self._waiting + self._running:

@@ -247,6 +247,21 @@ def test_a_hook_cannot_ask_the_model_that_waits_for_it(model: Model, ask: Callab
     assert model.generate(PROMPT, **GREEDY).tokens
 
 
+def test_a_hook_cannot_wait_for_a_stream_that_is_open_already(model: Model):
+    said: list[str] = []
+    with model.stream("Once", max_tokens=-1, ignore_eos=True) as other:
+
+        def hook(tokens: list[int], logits: memoryview[float]) -> None:
+            for wait in (lambda: next(other), other.close):
+                with pytest.raises(ModelBusyError, match="cannot be called from a logits hook"):
+                    wait()
+            said.append("both")
+
+        model.generate(PROMPT, max_tokens=1, logits_hook=hook)
+        assert next(other)
+    assert said == ["both"]
+
+
 def test_a_hook_can_ask_another_model(model: Model):
     with Model.load(n_ctx=256, max_parallel=1) as other:
         (token,) = other.tokenize("!", add_bos=False)

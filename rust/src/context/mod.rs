@@ -306,6 +306,7 @@ impl Context {
     /// A question to the owner thread, answered between two steps.
     fn ask<T>(&self, question: impl FnOnce(Sender<T>) -> Command) -> Result<T> {
         self.check_process()?;
+        self.check_thread("waiting")?;
         let (reply, answer) = channel();
         let _ = lock(&self.commands).send(question(reply));
         let gone = |_| Error::ModelNotLoaded { what: "the model of this context".into() };

@@ -57,6 +57,11 @@ impl PyContext {
         Ok(events.into_iter().map(PyEvent).collect())
     }
 
+    /// Refuses the thread that everybody here waits for: a logits hook's.
+    fn check_thread(&self, py: Python<'_>) -> PyResult<()> {
+        guarded(py, || self.context.check_thread("waiting"))
+    }
+
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         guarded(py, || {
             self.context.check_thread("closing")?;
