@@ -16,6 +16,7 @@ from tabagent_model.testing import ScriptedContext
 
 # A run in the background begins with Ctrl-C ignored, and so would the children of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Face:
