@@ -213,6 +213,15 @@ int32_t ta_sequence_first(ta_context * context, int32_t sequence) noexcept {
     return first;
 }
 
+int32_t ta_sequence_last(ta_context * context, int32_t sequence) noexcept {
+    int32_t last = -1;
+    ta_guard(nullptr, [&] {
+        last = llama_memory_seq_pos_max(llama_get_memory(context->llama), sequence);
+        return int(TA_OK);
+    });
+    return last;
+}
+
 bool ta_sequence_copy(ta_context * context, int32_t from, int32_t to) noexcept {
     return ta_guard(nullptr, [&] {
         llama_memory_t memory = llama_get_memory(context->llama);

@@ -95,6 +95,8 @@ bool ta_sequence_shift(ta_context * context, int32_t sequence, int32_t keep, int
 
 // The first position that a sequence holds everything of, -1 if it holds nothing.
 int32_t ta_sequence_first(ta_context * context, int32_t sequence) TA_NOEXCEPT;
+// The last one, -1 if it holds nothing.
+int32_t ta_sequence_last(ta_context * context, int32_t sequence) TA_NOEXCEPT;
 // Makes `to` hold what `from` holds, all of it, with the next decode; `to` loses what it held.
 bool ta_sequence_copy(ta_context * context, int32_t from, int32_t to) TA_NOEXCEPT;
 

@@ -8,6 +8,7 @@ use llama_cpp_sys_2::{llama_model, llama_vocab};
 use crate::error::{Error, Result};
 
 /// Of llama.cpp's `llama_decode`, and of the shim when something was thrown.
+pub(crate) const DECODE_REFUSED: c_int = -1;
 pub(crate) const DECODE_NO_ROOM: c_int = 1;
 pub(crate) const DECODE_ABORTED: c_int = 2;
 
@@ -135,6 +136,7 @@ unsafe extern "C" {
         drop: i32,
     ) -> bool;
     pub(crate) fn ta_sequence_first(context: *mut ShimContext, sequence: i32) -> i32;
+    pub(crate) fn ta_sequence_last(context: *mut ShimContext, sequence: i32) -> i32;
     pub(crate) fn ta_sequence_copy(context: *mut ShimContext, from: i32, to: i32) -> bool;
     pub(crate) fn ta_sequence_state_size(context: *mut ShimContext, sequence: i32) -> usize;
     pub(crate) fn ta_sequence_state_get(

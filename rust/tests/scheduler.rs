@@ -813,6 +813,28 @@ fn an_interrupted_step_is_done_again_from_where_it_began() {
     }
 }
 
+#[test]
+fn a_refused_step_is_computed_once_more_from_the_beginning() {
+    let setup = || Setup { rule: hash_all, prompt_cache_bytes: 1 << 10, ..Setup::default() };
+    let prompts: [Vec<i32>; 2] = [(0..30).collect(), (30..50).collect()];
+    let alone = prompts.each_ref().map(|p| Engine::new(setup()).ask(1, p, at_most(20)));
+    for step in 0..6 {
+        let mut engine = Engine::new(Setup { plot: at_step(step, Trick::Refuse), ..setup() });
+        engine.submit(1, &prompts[0], at_most(20));
+        engine.submit(2, &prompts[1], at_most(20));
+        assert_eq!(engine.answers([1, 2]), alone);
+    }
+}
+
+#[test]
+fn a_step_that_is_refused_again_ends_those_who_ran() {
+    let plot: Plot = Box::new(|step, _| if step < 2 { Trick::Refuse } else { Trick::Compute });
+    let mut engine = Engine::new(Setup { plot, ..Setup::default() });
+    let error = Error::internal("the script says so");
+    assert_eq!(engine.ask(1, &[10], greedy()), failed([], &error));
+    assert_eq!(engine.ask(2, &[10], at_most(2)), said([11, 12], Length));
+}
+
 /// One runs, one has just come, one waits; then the step with number 2 goes wrong.
 fn trouble_at_step_2(trick: Trick, error: &Error) {
     let setup = Setup { gate: Some(0), plot: at_step(2, trick), ..Setup::default() };
@@ -1097,6 +1119,7 @@ impl Storm {
             3..=4 => Trick::Panic,
             5..=12 => Trick::NoRoom,
             13..=40 => Trick::Abort { after: plot_dice.usize(0..=batch.len()) },
+            41..=42 => Trick::Refuse,
             _ => Trick::Compute,
         };
         Setup {

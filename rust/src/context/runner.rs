@@ -76,6 +76,8 @@ pub enum Outcome {
     NoRoom,
     /// Interrupted; some of the batch may have been computed.
     Aborted,
+    /// The batch does not go on where the memory ends, or is broken otherwise; nothing was computed.
+    Refused(String),
     Failed(String),
 }
 
@@ -286,9 +288,28 @@ impl LlamaRunner {
             Ok(0) => Outcome::Done,
             Ok(ffi::DECODE_NO_ROOM) => Outcome::NoRoom,
             Ok(ffi::DECODE_ABORTED) => Outcome::Aborted,
+            Ok(ffi::DECODE_REFUSED) => Outcome::Refused(self.misfits(batch)),
             Ok(status) => Outcome::Failed(format!("llama_decode gave {status}")),
             Err(error) => Outcome::Failed(error.to_string()),
         }
+    }
+}
+
+impl LlamaRunner {
+    /// Where the batch does not go on from what llama.cpp holds.
+    fn misfits(&self, batch: &[Row]) -> String {
+        let mut found = vec!["llama.cpp refused a batch".to_owned()];
+        for rows in batch.chunk_by(|a, b| a.slot == b.slot) {
+            let Row { slot, position, .. } = rows[0];
+            // SAFETY: one of the context's own sequences.
+            let held = unsafe { ffi::ta_sequence_last(self.context, slot as i32) } + 1;
+            if held != position as i32 {
+                found.push(format!(
+                    "slot {slot} holds {held} tokens and was to go on at {position}"
+                ));
+            }
+        }
+        found.join("; ")
     }
 }
 

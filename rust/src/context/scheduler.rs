@@ -42,6 +42,8 @@ pub struct Scheduler<R: Runner> {
     pub(super) is_crowded: bool,
     pub(super) steps_with_gap: u32,
     num_steps: u64,
+    /// Batches in a row that were refused.
+    refusals: u32,
     panics: bool,
 }
 
@@ -68,6 +70,7 @@ impl<R: Runner> Scheduler<R> {
             is_crowded: false,
             steps_with_gap: 0,
             num_steps: 0,
+            refusals: 0,
             panics: false,
         }
     }
@@ -131,10 +134,13 @@ impl<R: Runner> Scheduler<R> {
         self.shared.begin_step(&self.running_ids_of_a_long_step());
         let outcome = self.runner.run(&self.batch);
         self.shared.end_step();
+        self.refusals = if matches!(outcome, Outcome::Refused(_)) { self.refusals + 1 } else { 0 };
         match outcome {
             Outcome::Done => self.advance(),
             Outcome::Aborted => self.resynchronize(),
             Outcome::NoRoom => self.make_room(),
+            Outcome::Refused(what) if self.refusals == 1 => self.compute_again(&what),
+            Outcome::Refused(what) => self.fail_running(&Error::internal(what)),
             Outcome::Failed(what) => self.fail_running(&Error::internal(what)),
         }
     }
@@ -275,6 +281,15 @@ impl<R: Runner> Scheduler<R> {
                 sequence.computed = 0;
             }
         }
+    }
+
+    /// The memory is not what we believe. Nobody has to suffer for that: what is running is computed
+    /// once more, from the beginning.
+    fn compute_again(&mut self, what: &str) {
+        log::note(log::Level::Error, format!("{what}; computing all {} again", self.running.len()));
+        self.slots.forget_all();
+        self.runner.forget_all();
+        self.running.iter_mut().for_each(Sequence::compute_again);
     }
 
     /// llama.cpp could not compute the batch; what lies in its memory is not to be trusted.

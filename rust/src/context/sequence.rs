@@ -106,6 +106,11 @@ impl Sequence {
     /// Back to the queue; what was computed is lost, what was generated is not.
     pub fn stop(&mut self) {
         self.slot = None;
+        self.compute_again();
+    }
+
+    /// In the same slot, which holds nothing of it any more.
+    pub fn compute_again(&mut self) {
         self.computed = 0;
         self.cached = 0;
     }

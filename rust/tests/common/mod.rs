@@ -55,6 +55,7 @@ pub enum Trick {
         after: usize,
     },
     NoRoom,
+    Refuse,
     Fail,
     Panic,
 }
@@ -309,6 +310,7 @@ impl Runner for ScriptedRunner {
                 Outcome::Aborted
             }
             Trick::NoRoom => Outcome::NoRoom,
+            Trick::Refuse => Outcome::Refused("the script says so".into()),
             Trick::Fail => {
                 self.compute(&batch[..batch.len() / 2]);
                 Outcome::Failed("the script says so".into())
