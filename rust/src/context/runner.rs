@@ -399,6 +399,7 @@ impl Runner for LlamaRunner {
         if self.is_copying {
             return false; // somebody may still be copied from here
         }
+        self.forget(slot, 0); // an empty state would leave what is there
         // SAFETY: one of the context's own sequences, and bytes that `save` wrote.
         let read = unsafe {
             ffi::ta_sequence_state_set(self.context, slot as i32, state.as_ptr(), state.len())
