@@ -11,7 +11,7 @@ use common::*;
 use tabagent_model::config::{GenerationConfig, LogitsHook, Overflow, Priority};
 use tabagent_model::context::message::FinishReason::{Cancelled, Length, Stop};
 use tabagent_model::context::message::{Event, FinishReason};
-use tabagent_model::context::runner::Interrupt;
+use tabagent_model::context::runner::{Interrupt, Row};
 use tabagent_model::context::{Capacity, Context, Prompt, SlotView};
 use tabagent_model::error::Error;
 
@@ -493,6 +493,22 @@ fn who_waits_for_a_beginning_computes_it_when_its_maker_is_gone() {
     engine.stage.open();
     let [first, second] = engine.answers([1, 2]);
     assert_eq!((first.reason, second), (Cancelled, said([21, 22], Length)));
+}
+
+#[test]
+fn who_waits_for_a_beginning_holds_up_nobody_behind() {
+    let setup = Setup { n_slots: 3, gate: Some(0), ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    engine.submit(1, &shared_and(10), at_most(2));
+    engine.submit(2, &shared_and(20), at_most(2));
+    engine.submit(3, &[70], at_most(2));
+    engine.stage.open();
+    let answers = engine.answers([1, 2, 3]);
+    assert_eq!(answers, [10, 20, 70].map(|last| said([last + 1, last + 2], Length)));
+    let is_in = |token| move |batch: &Vec<Row>| batch.iter().any(|row| row.token == token);
+    let begins = |token| engine.stage.batches().iter().position(is_in(token));
+    // The first prompt takes four steps. The third request may come too late for the first of them.
+    assert!(begins(70) <= Some(1), "{:?}", begins(70));
 }
 
 #[test]

@@ -26,22 +26,18 @@ impl<R: Runner> Scheduler<R> {
         }
         self.is_crowded = false;
         let now = Instant::now();
-        while let Some(next) = self.waiting.next() {
-            if next.wants_nothing() {
-                let sequence = self.waiting.pop().expect("just looked at it");
-                self.shared.left_queue();
+        while let Some(next) = self.waiting.next(|sequence| self.may_begin(sequence)) {
+            let (id, priority, wants_nothing) = (next.id, next.priority, next.wants_nothing());
+            if !wants_nothing && self.slots.is_full() && !self.make_way(priority) {
+                return;
+            }
+            let mut sequence = self.waiting.take(id).expect("just looked at it");
+            self.shared.left_queue();
+            if wants_nothing {
                 self.end(sequence, Ending::Length);
                 continue;
             }
-            if self.runner.can_copy() && is_under_way(&next.tokens, &self.running, &self.slots) {
-                return;
-            }
-            if self.slots.is_full() && !self.make_way() {
-                return;
-            }
-            let mut sequence = self.waiting.pop().expect("just looked at it");
             let (slot, cached) = self.slots.try_reserve(&sequence.tokens).expect("one is free");
-            self.shared.left_queue();
             sequence.start(slot, cached, now);
             self.running.push(sequence); // before the runner is called: a panic there must find it
             let cached = self.prepare(slot, cached);
@@ -49,6 +45,13 @@ impl<R: Runner> Scheduler<R> {
             sequence.start(slot, cached, now);
             self.shared.count_prompt(sequence.tokens.len(), cached);
         }
+    }
+
+    /// Whoever can soon share what another one is just computing lets others go first meanwhile.
+    fn may_begin(&self, sequence: &Sequence) -> bool {
+        sequence.wants_nothing()
+            || !self.runner.can_copy()
+            || !is_under_way(&sequence.tokens, &self.running, &self.slots)
     }
 
     /// Makes the slot hold as much of the youngest request's beginning as is known anywhere, and
@@ -99,8 +102,8 @@ impl<R: Runner> Scheduler<R> {
     }
 
     /// Takes a slot from somebody of low priority for one who waits and is more urgent.
-    fn make_way(&mut self) -> bool {
-        if self.waiting.next().is_none_or(|next| next.priority == Priority::Low) {
+    fn make_way(&mut self, for_whom: Priority) -> bool {
+        if for_whom == Priority::Low {
             return false;
         }
         let gives_way = |s: &Sequence| s.priority == Priority::Low && !s.keeps_its_slot;
