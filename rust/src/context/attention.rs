@@ -151,8 +151,10 @@ fn depth(n_ctx: u32) -> u32 {
 
 /// How long the attention of one layer takes: of one token of a prompt, and of one of the answer.
 ///
-/// Both grow with the depth, and evenly enough that one look at the mean depth of a typical use is
-/// enough: a prompt of half the context, then an answer of a quarter.
+/// Both grow with the depth, and evenly enough that one look in the middle of a typical use is
+/// enough: a prompt of half the context, then an answer of a quarter. A step of a prompt is as long
+/// as a real one: plain attention computes all its rows up to the depth of the last, so the longer
+/// the step, the more of it is for nothing.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Timing {
     pub attention: Attention,
@@ -160,9 +162,8 @@ pub struct Timing {
     pub answer_token: Duration,
 }
 
-/// Rows of a piece of a prompt. With fewer, the scores would stay in the processor's caches, where
-/// those of a real step find no room.
-const ROWS: u32 = 256;
+/// Rows of a step that reads a long prompt.
+const ROWS: u32 = 512;
 
 /// Windows without a neighbour are enough when there were so many, and hopeless after so many others.
 const NUM_CALM: u32 = 3;
@@ -234,7 +235,8 @@ impl Stopwatch {
 
     /// Keeps the least of what was seen before and now.
     fn time(&mut self, timing: &mut Timing) -> Result<()> {
-        let prompt = self.look(timing.attention, ROWS, self.n_ctx / 4)? / ROWS;
+        let rows = ROWS.min(self.n_ctx / 2);
+        let prompt = self.look(timing.attention, rows, self.n_ctx / 4 + rows / 2)? / rows;
         let answer = self.look(timing.attention, 1, self.n_ctx / 8 * 5)?;
         timing.prompt_token = timing.prompt_token.min(prompt);
         timing.answer_token = timing.answer_token.min(answer);
