@@ -9,6 +9,7 @@
 #include <vector>
 
 #ifdef __linux__
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -36,6 +37,31 @@ void ta_thread_computes(bool does) noexcept {
 #endif
 }
 
+namespace {
+
+// Threads are called like the one that makes them. The names tell in `top`, and tell ours apart.
+class Namesake {
+public:
+    explicit Namesake(const char * name) {
+#ifdef __linux__
+        prctl(PR_GET_NAME, before_);
+        prctl(PR_SET_NAME, name);
+#else
+        (void) name;
+#endif
+    }
+    ~Namesake() {
+#ifdef __linux__
+        prctl(PR_SET_NAME, before_);
+#endif
+    }
+
+private:
+    char before_[16] = {};
+};
+
+}  // namespace
+
 int ta_pool_new(int32_t n_threads, uint32_t poll, ta_pool ** out, ta_error * error) noexcept {
     return ta_guard(error, [&] {
         auto make = cpu_function<ggml_threadpool_t (*)(ggml_threadpool_params *)>("ggml_threadpool_new");
@@ -47,9 +73,12 @@ int ta_pool_new(int32_t n_threads, uint32_t poll, ta_pool ** out, ta_error * err
         params.poll = poll;
 
         auto pool = std::make_unique<ta_pool>();
-        ta_thread_computes(true);
-        pool->threads = make(&params);
-        ta_thread_computes(false);
+        {
+            const Namesake inherits("tabagent-worker");
+            ta_thread_computes(true);
+            pool->threads = make(&params);
+            ta_thread_computes(false);
+        }
         if (!pool->threads) {
             return ta_fail(error, TA_REFUSED, "the thread pool could not be created");
         }

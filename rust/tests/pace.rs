@@ -22,7 +22,7 @@ impl Machine {
             _ => Duration::from_millis(10) / threads,
         };
         self.now += elapsed;
-        self.pace.took(1, threads, elapsed, self.now);
+        self.pace.took(1, threads, elapsed, None, self.now);
         threads
     }
 
@@ -79,7 +79,7 @@ fn all_threads_come_back_when_the_neighbour_goes() {
 fn a_neighbour_from_the_beginning_is_noticed_by_comparing_with_one_thread() {
     let mut machine = Machine::new(2);
     let elapsed = Duration::from_millis(10);
-    machine.pace.took(1, 1, elapsed, machine.now); // the warm-up measures one thread alone
+    machine.pace.took(1, 1, elapsed, None, machine.now); // the warm-up measures one thread alone
     assert_eq!(machine.steps(5, true), [2, 2, 2, 1, 1]);
 }
 
@@ -92,7 +92,7 @@ fn a_growing_context_is_no_disturbance() {
         assert_eq!(pace.threads(now), 2);
         elapsed = elapsed.mul_f64(1.005);
         now += elapsed;
-        pace.took(1, 2, elapsed, now);
+        pace.took(1, 2, elapsed, None, now);
     }
 }
 
@@ -104,7 +104,7 @@ fn a_context_that_is_suddenly_long_costs_a_few_steps_on_one_thread() {
         let threads = pace.threads(now);
         let elapsed = Duration::from_millis(milliseconds_with_one) / threads;
         now += elapsed;
-        pace.took(1, threads, elapsed, now);
+        pace.took(1, threads, elapsed, None, now);
         threads
     };
     for _ in 0..10 {
@@ -127,7 +127,7 @@ fn a_step_is_given_up_when_one_thread_would_be_done_four_times_over() {
     let mut pace = Pace::new(2);
     let now = Instant::now();
     assert_eq!(pace.limit(1, 2), None); // nothing is known
-    pace.took(1, 1, Duration::from_millis(10), now);
+    pace.took(1, 1, Duration::from_millis(10), None, now);
     assert_eq!(pace.limit(1, 2), Some(Duration::from_millis(40)));
     assert_eq!(pace.limit(8, 2), Some(Duration::from_millis(320)));
     assert_eq!(pace.limit(1, 1), None);
@@ -141,11 +141,26 @@ fn a_step_is_given_up_when_one_thread_would_be_done_four_times_over() {
 fn a_trial_that_is_given_up_is_repeated_later() {
     let mut pace = Pace::new(2);
     let now = Instant::now();
-    pace.took(1, 1, Duration::from_millis(10), now);
+    pace.took(1, 1, Duration::from_millis(10), None, now);
     pace.gave_up(now);
     let trial = now + Duration::from_millis(100);
     assert_eq!(pace.threads(trial), 2);
     pace.gave_up(trial);
     assert_eq!(pace.threads(trial + Duration::from_millis(199)), 1);
     assert_eq!(pace.threads(trial + Duration::from_millis(200)), 2);
+}
+
+#[test]
+fn slow_steps_whose_threads_had_their_cores_are_nobodys_fault() {
+    let now = Instant::now();
+    let threads_after = |waited: Duration| {
+        let mut pace = Pace::new(2);
+        pace.took(1, 2, Duration::from_millis(10), Some(Duration::ZERO), now);
+        for _ in 0..5 {
+            pace.took(1, 2, Duration::from_millis(100), Some(waited), now);
+        }
+        pace.threads(now)
+    };
+    assert_eq!(threads_after(Duration::from_millis(2)), 2);
+    assert_eq!(threads_after(Duration::from_millis(60)), 1);
 }

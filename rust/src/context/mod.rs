@@ -4,6 +4,7 @@
 mod admission;
 mod attention;
 mod budget;
+mod core_waits;
 pub mod message;
 mod metrics;
 mod pace;

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 const DISTURBED: f64 = 2.5;
 /// So many of them in a row, and a thread is taken out.
 const PATIENCE: u32 = 3;
+/// A slow step was disturbed if its threads waited for a core for at least this share of it.
+const WAITED: f64 = 0.25;
 /// A step that takes so much longer than one thread alone would is not waited for.
 const HOPELESS: f64 = 4.0;
 const LEAST_LIMIT: Duration = Duration::from_millis(5);
@@ -68,11 +70,20 @@ impl Pace {
         (threads > 1).then(|| Duration::from_secs_f64(one * HOPELESS).max(LEAST_LIMIT))
     }
 
-    /// A step of `rows` rows on `threads` threads took `elapsed` and has just ended.
-    pub fn took(&mut self, rows: usize, threads: u32, elapsed: Duration, now: Instant) {
+    /// A step of `rows` rows on `threads` threads took `elapsed` and has just ended. Meanwhile its
+    /// threads waited for cores for so long, if the kernel tells.
+    pub fn took(
+        &mut self,
+        rows: usize,
+        threads: u32,
+        elapsed: Duration,
+        waited: Option<Duration>,
+        now: Instant,
+    ) {
         let seconds = elapsed.as_secs_f64();
         let known = &mut self.known[like(rows)];
-        let is_slow = known.is_slow(seconds, threads);
+        let had_to_wait = waited.is_none_or(|waited| waited.as_secs_f64() >= WAITED * seconds);
+        let is_slow = had_to_wait && known.is_slow(seconds, threads);
         known.learn(seconds, threads, self.most);
         match (self.is_trial, is_slow) {
             (true, _) => self.judge_trial(!is_slow, now),

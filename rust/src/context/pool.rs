@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use super::core_waits::threads_called;
 use crate::error::Result;
 use crate::ffi::{self, ShimPool};
 
@@ -14,10 +15,14 @@ use crate::ffi::{self, ShimPool};
 /// Python.
 const POLL: u32 = 1;
 
+/// As the shim calls them.
+const WORKERS: &str = "tabagent-worker";
+
 /// Worker threads of llama.cpp. Only the context whose turn it is computes on them.
 pub struct Pool {
     raw: *mut ShimPool,
     n_threads: u32,
+    workers: Vec<u32>,
 }
 
 // SAFETY: whoever computes on a shared pool holds a `Turn`; any other belongs to one context.
@@ -40,10 +45,20 @@ impl Pool {
     }
 
     pub fn new(n_threads: u32) -> Result<Arc<Pool>> {
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _one_at_a_time = lock(&ONE_AT_A_TIME);
+        let others = threads_called(WORKERS);
         let mut raw = std::ptr::null_mut();
         // SAFETY: plain numbers, and a place for the result.
         ffi::call(|error| unsafe { ffi::ta_pool_new(n_threads as i32, POLL, &mut raw, error) })?;
-        Ok(Arc::new(Pool { raw, n_threads }))
+        let mut workers = threads_called(WORKERS);
+        workers.retain(|id| !others.contains(id));
+        Ok(Arc::new(Pool { raw, n_threads, workers }))
+    }
+
+    /// The kernel's ids of its threads, as far as they are known. Whoever computes is one more.
+    pub fn workers(&self) -> &[u32] {
+        &self.workers
     }
 
     pub(crate) fn as_ptr(&self) -> *mut ShimPool {

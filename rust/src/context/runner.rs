@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::budget::Budget;
+use super::core_waits::CoreWaits;
 use super::pace::Pace;
 use super::pool::{Pool, Turn};
 use crate::config::{ContextConfig, FlashAttention, KvType};
@@ -126,6 +127,8 @@ pub struct LlamaRunner {
     limits: Limits,
     end_tokens: Vec<i32>,
     pace: Pace,
+    /// Of the threads that compute, where it is known.
+    waits: Option<CoreWaits>,
     budget: Budget,
     /// As llama.cpp was told last.
     n_threads: u32,
@@ -138,7 +141,7 @@ pub struct LlamaRunner {
     /// A copy between streams waits for the next decode.
     is_copying: bool,
     // The context points to these; they go after it.
-    _pool: Option<Arc<Pool>>,
+    pool: Option<Arc<Pool>>,
     interrupt: Interrupt,
     model: Arc<Model>,
 }
@@ -213,6 +216,7 @@ impl LlamaRunner {
             limits,
             end_tokens,
             pace: Pace::new(n_threads),
+            waits: None,
             budget: Budget::new(limits.n_batch),
             n_threads,
             // After an interruption a part of each sequence is forgotten, which this kind cannot.
@@ -222,7 +226,7 @@ impl LlamaRunner {
             // SAFETY: the model is alive.
             window: unsafe { llama_cpp_sys_2::llama_model_n_swa(model.as_ptr()) },
             is_copying: false,
-            _pool: pool,
+            pool,
             interrupt,
             model,
         })
@@ -254,6 +258,7 @@ impl LlamaRunner {
             unsafe { ffi::ta_context_set_threads(self.context, threads as i32) };
             self.n_threads = threads;
         }
+        let waited_before = self.waits.as_ref().and_then(CoreWaits::total);
         let begun = Instant::now();
         let limit = self.pace.limit(batch.len(), threads).filter(|_| self.may_give_up);
         self.interrupt.set_deadline(limit.map(|limit| begun + limit));
@@ -264,7 +269,9 @@ impl LlamaRunner {
         let now = Instant::now();
         match outcome {
             Outcome::Done => {
-                self.pace.took(batch.len(), threads, now - begun, now);
+                let waited = self.waits.as_ref().and_then(CoreWaits::total);
+                let waited = waited.zip(waited_before).map(|(now, then)| now.saturating_sub(then));
+                self.pace.took(batch.len(), threads, now - begun, waited, now);
                 let num_generating = count_generating(batch);
                 self.budget.took(num_generating, batch.len() - num_generating, now - begun);
             }
@@ -319,6 +326,7 @@ impl Runner for LlamaRunner {
     }
 
     fn begin(&mut self) {
+        self.waits = self.pool.as_ref().and_then(|pool| CoreWaits::of(pool.workers()));
         // SAFETY: it changes nothing but the kernel's idea of this thread.
         unsafe { ffi::ta_thread_computes(true) }
     }
