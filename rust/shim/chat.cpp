@@ -135,11 +135,9 @@ thread_local Recording * Recording::current = nullptr;
 void mark_inputs(jinja::context & ctx) {
     for (const char * name : {"bos_token", "eos_token"}) mark(ctx.get_val(name), false);
     for (const char * name : {"messages", "tools"}) mark(ctx.get_val(name), true);
-    const value messages = ctx.get_val("messages"), nothing = jinja::mk_val<jinja::value_none>();
-    for (const value & message : messages->val_arr) {
-        value none = nothing;
-        mark(message->at("role", none), false);
-    }
+    const value messages = ctx.get_val("messages");
+    value       none     = jinja::mk_val<jinja::value_none>();
+    for (const value & message : messages->val_arr) mark(message->at(std::string("role"), none), false);
 }
 
 // A whole template as one statement.
