@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ._prompt import json_text, sound_text
@@ -34,7 +35,7 @@ class ChatOptions:
         self._put("tools", _tools(self.tools))
         self._choose_tool()
         for name in ("enable_thinking", "continue_final_message", "parallel_tool_calls"):
-            if getattr(self, name) not in (True, False, None):
+            if not isinstance(getattr(self, name), (bool, NoneType)):
                 raise _bad(name, "True or False", getattr(self, name))
         if self.reasoning_format not in _REASONING:
             allowed = "one of " + ", ".join(map(repr, _REASONING))
@@ -69,7 +70,7 @@ class ChatOptions:
             "continue_final_message": self.continue_final_message,
         }
         named = {name: value for name, value in said.items() if value != _DEFAULTS.get(name)}
-        return json_text(named, "chat_template_kwargs" if not self.tools else "tools")
+        return json_text(named, "tools" if self.tools else "chat_template_kwargs")
 
     def _choose_tool(self) -> None:
         """One that is named is the only one, and required."""

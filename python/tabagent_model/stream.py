@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -120,7 +121,7 @@ class _SyncStream(_Stream[Item, Result]):
 
     def __next__(self) -> Item:
         while True:
-            if self._items:
+            with suppress(IndexError):  # another thread may be quicker
                 return self._items.popleft()
             if self._answer.is_over:
                 self._answer.check()
