@@ -81,7 +81,7 @@ fn compile_shim(llama: &Path) {
                 "template_limits",
                 "template_marks",
             ]
-                .map(|name| format!("rust/shim/{name}.cpp")),
+            .map(|name| format!("rust/shim/{name}.cpp")),
         )
         .compile("tabagent_shim");
 }

@@ -144,10 +144,11 @@ def json_text(value: Any, name: str) -> str:
     import json
 
     try:
-        return sound_text(json.dumps(value, ensure_ascii=False, default=_plain))
+        text = json.dumps(value, ensure_ascii=False, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         message = f"`{name}` must hold what JSON can hold: {error}"
         raise InvalidRequestError(message, name=name) from None
+    return sound_text(text)
 
 
 def _plain(value: object) -> dict[Any, Any]:

@@ -61,8 +61,7 @@ fn templates_and_messages_that_are_no_good_are_errors() {
 
 const TOOLS: &str = r#"{"tools": [{"type": "function", "function": {"name": "get_weather",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]}"#;
-const CALL: &str =
-    "Hm.\n<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Rome\"}}\n</tool_call>";
+const CALL: &str = "Hm.\n<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Rome\"}}\n</tool_call>";
 
 #[test]
 fn a_tool_call_is_read_piece_by_piece_and_at_once() {

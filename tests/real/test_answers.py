@@ -173,7 +173,7 @@ def test_thinking_can_be_turned_off_where_the_template_can_say_so(vocabulary: Mo
 def test_tools_bring_a_grammar_that_waits_for_a_call_or_does_not(vocabulary: Model):
     auto = prompt_of(vocabulary, HERMES, tools=TOOLS).constraint
     assert (auto["syntax"], auto["lazy"]) == ("gbnf", True)
-    assert [trigger["value"] for trigger in auto["triggers"]] == ["<tool_call>"]
+    assert [trigger["value"] for trigger in auto["triggers"]] == ["<tool_call>\n"]
     assert "get_weather_of_all" in auto["text"]
     required = prompt_of(vocabulary, HERMES, tools=TOOLS, tool_choice="required").constraint
     assert (required["lazy"], required["triggers"]) == (False, [])
@@ -186,9 +186,7 @@ def test_a_final_message_of_the_assistant_goes_on(vocabulary: Model):
     messages = [*ASKED, {"role": "assistant", "content": "It is <|im_end|>"}]
     fields: Any = {"template": HERMES, "continue_final_message": True}
     text = vocabulary.apply_chat_template(messages, **fields)
-    assert text.endswith("<|im_start|>assistant\n<think></think>It is <|im_end|>") or text.endswith(
-        "It is <|im_end|>"
-    )
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nIt is <|im_end|>")
     prompt = prompt_of(vocabulary, HERMES, messages, continue_final_message=True)
     (end,) = vocabulary.tokenize("<|im_end|>", add_bos=False, special=True)
     assert prompt.tokens().count(end) == 1  # of the user's turn
@@ -263,9 +261,10 @@ def with_parameters(schema: Any) -> list[dict[str, Any]]:
 
 
 def nested(depth: int) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": ["object", "array"]}
+    """Each of its lists of types copies all that hangs on it."""
+    schema: dict[str, Any] = {"type": "string"}
     for _ in range(depth):
-        schema = {"type": ["object", "array"], "properties": {"x": schema}, "items": schema}
+        schema = {"type": ["object", "array"], "properties": {"x": schema}}
     return schema
 
 

@@ -12,8 +12,8 @@
 
 use std::ffi::c_int;
 use std::ptr::{null, null_mut};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use super::template::{bytes, on_a_large_stack};
 use crate::error::{Error, Result};
@@ -51,7 +51,11 @@ pub enum Delta {
     Content(String),
     Reasoning(String),
     /// More of a call's arguments; with the first of them its id and its name.
-    ToolCall { index: usize, begun: Option<(String, String)>, arguments: String },
+    ToolCall {
+        index: usize,
+        begun: Option<(String, String)>,
+        arguments: String,
+    },
 }
 
 /// Reads one answer.
@@ -84,7 +88,8 @@ impl AnswerParser {
             return Vec::new();
         }
         let read = reader.read(&self.text, true);
-        self.not_before = begun.elapsed().checked_mul(self.patience).and_then(|d| begun.checked_add(d));
+        self.not_before =
+            begun.elapsed().checked_mul(self.patience).and_then(|d| begun.checked_add(d));
         read.map_or_else(|_| Vec::new(), |answer| self.tell(&held_back(answer.message)))
     }
 
@@ -114,7 +119,9 @@ impl AnswerParser {
             && told.tool_calls.len() == message.tool_calls.len()
             && told.tool_calls.iter().zip(&message.tool_calls).all(same);
         if !agrees {
-            return Some("the end of the answer changed the meaning of what was told before".into());
+            return Some(
+                "the end of the answer changed the meaning of what was told before".into(),
+            );
         }
         let is_open = message.tool_calls.last().is_some_and(|call| !is_closed(&call.arguments));
         let is_cut = is_open || !read.is_whole;
@@ -166,7 +173,11 @@ impl AnswerParser {
 }
 
 /// What reads the answers to one prompt.
-pub struct Reader(*mut ShimReader);
+pub struct Reader {
+    shim: *mut ShimReader,
+    /// What the prompt says already of a message that goes on; an answer is what comes after it.
+    before: OnceLock<Message>,
+}
 
 // SAFETY: the shim guards the one thing in it that changes.
 unsafe impl Send for Reader {}
@@ -177,15 +188,24 @@ impl Reader {
     /// # Safety
     /// Nobody else may have it.
     pub(super) unsafe fn from_shim(shim: *mut ShimReader) -> Option<Reader> {
-        (!shim.is_null()).then_some(Reader(shim))
+        (!shim.is_null()).then(|| Reader { shim, before: OnceLock::new() })
     }
 
     fn read(&self, text: &str, is_partial: bool) -> Result<Answer> {
-        match open_brackets(text) {
+        let mut answer = match open_brackets(text) {
             ..=DEPTH_ON_ANY_STACK => self.read_here(text, is_partial),
             ..=DEEPEST => on_a_large_stack(|| self.read_here(text, is_partial)),
             depth => Err(refused(format!("the answer opens {depth} brackets inside each other"))),
+        }?;
+        let nothing = || self.read_here("", true).map(|answer| answer.message).unwrap_or_default();
+        let before = self.before.get_or_init(nothing);
+        let Message { content, reasoning, .. } = &mut answer.message;
+        for (part, before) in [(content, &before.content), (reasoning, &before.reasoning)] {
+            if part.starts_with(before.as_str()) {
+                part.drain(..before.len());
+            }
         }
+        Ok(answer)
     }
 
     fn read_here(&self, text: &str, is_partial: bool) -> Result<Answer> {
@@ -193,7 +213,7 @@ impl Reader {
         // SAFETY: a reader, and text and length belong together.
         ffi::call_or(refused, |error| unsafe {
             let (text, length) = (text.as_ptr().cast(), text.len());
-            ffi::ta_reader_read(self.0, text, length, is_partial, &mut shim, error)
+            ffi::ta_reader_read(self.shim, text, length, is_partial, &mut shim, error)
         })?;
         let answer = Answer::of(shim);
         // SAFETY: made above, and nobody else has it.
@@ -205,7 +225,7 @@ impl Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         // SAFETY: made by the shim, and ours.
-        unsafe { ffi::ta_reader_free(self.0) }
+        unsafe { ffi::ta_reader_free(self.shim) }
     }
 }
 
@@ -220,8 +240,7 @@ impl Answer {
         let text = |what: c_int, index: usize| {
             let (mut start, mut length) = (null(), 0);
             // SAFETY: an answer, and places to write to.
-            let found =
-                unsafe { ffi::ta_answer_text(shim, what, index, &mut start, &mut length) };
+            let found = unsafe { ffi::ta_answer_text(shim, what, index, &mut start, &mut length) };
             // SAFETY: the shim's text lives as long as the answer.
             found.then(|| String::from_utf8_lossy(unsafe { bytes(start, length) }).into_owned())
         };

@@ -7,20 +7,20 @@ use std::ops::Range;
 use crate::model::Vocabulary;
 
 /// A place where the tokenizer could read a control token, or one that was added to the vocabulary.
-struct Mark {
-    place: Range<usize>,
-    is_added: bool,
+pub(super) struct Mark {
+    pub(super) place: Range<usize>,
+    pub(super) is_added: bool,
 }
 
 /// Texts that a tokenizer takes for control tokens, by length.
-struct Marks {
+pub(super) struct Marks {
     control: Vec<HashSet<Vec<u8>>>,
     first_bytes: [bool; 256],
-    added: Vec<Vec<u8>>,
+    pub(super) added: Vec<Vec<u8>>,
 }
 
 impl Marks {
-    fn of(vocabulary: &Vocabulary) -> Marks {
+    pub(super) fn of(vocabulary: &Vocabulary) -> Marks {
         let (texts, added) = vocabulary.marks();
         let mut marks = Marks { control: Vec::new(), first_bytes: [false; 256], added };
         for text in texts.iter().chain(&marks.added) {
@@ -34,7 +34,7 @@ impl Marks {
     }
 
     /// Every mark in a text; they may overlap.
-    fn find(&self, text: &str, added: &HashSet<Vec<u8>>) -> Vec<Mark> {
+    pub(super) fn find(&self, text: &str, added: &HashSet<Vec<u8>>) -> Vec<Mark> {
         let bytes = text.as_bytes();
         let starts = (0..bytes.len()).filter(|&at| self.first_bytes[bytes[at] as usize]);
         starts
@@ -56,7 +56,11 @@ impl Marks {
 /// The text in segments, and whether control tokens are read in them: the template's own marks, and
 /// what lies between two of them, so that words stay whole. An added token is one wherever it is
 /// written, so that one is cut behind its first character.
-fn segments(text: &str, written: &[Mark], mut own: Vec<Mark>) -> Vec<(Range<usize>, bool)> {
+pub(super) fn segments(
+    text: &str,
+    written: &[Mark],
+    mut own: Vec<Mark>,
+) -> Vec<(Range<usize>, bool)> {
     let cut = |mark: &Mark| {
         let first = text[mark.place.start..].chars().next().map_or(0, char::len_utf8);
         mark.place.start + first

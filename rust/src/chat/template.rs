@@ -7,8 +7,8 @@ use std::ptr::{null, null_mut};
 use std::sync::{Arc, Mutex};
 
 use super::answer::Reader;
-use super::prompt::{Grammar, Prompt, Trigger};
 use super::lock;
+use super::prompt::{Grammar, Prompt, Trigger};
 use crate::error::{Error, Result};
 use crate::ffi::{self, ShimChat, ShimChatOptions, ShimPrompt};
 use crate::model::{Model, Vocabulary};
@@ -102,7 +102,8 @@ impl Options {
     pub(super) fn read(json: &str) -> Result<Options> {
         let mut options = Options(null_mut());
         let (text, out) = (json.as_ptr().cast(), &mut options.0);
-        let refused = |what: String| Error::invalid("options", what, "what a chat can be asked with");
+        let refused =
+            |what: String| Error::invalid("options", what, "what a chat can be asked with");
         // SAFETY: text and length belong together.
         ffi::call_or(refused, |error| unsafe {
             ffi::ta_chat_options_new(text, json.len(), out, error)
@@ -154,9 +155,7 @@ impl Written {
     fn texts(&self, what: c_int) -> Vec<String> {
         let (mut texts, mut start, mut length) = (Vec::new(), null(), 0);
         // SAFETY: as above.
-        while unsafe {
-            ffi::ta_prompt_text(self.0, what, texts.len(), &mut start, &mut length)
-        } {
+        while unsafe { ffi::ta_prompt_text(self.0, what, texts.len(), &mut start, &mut length) } {
             // SAFETY: as above.
             texts.push(String::from_utf8_lossy(unsafe { bytes(start, length) }).into_owned());
         }

@@ -109,8 +109,7 @@ impl ChatParser {
         py: Python<'py>,
         is_complete: bool,
     ) -> PyResult<(Bound<'py, PyList>, Bound<'py, PyDict>)> {
-        let (deltas, message) =
-            guarded(py, || Ok(self.with(|parser| parser.finish(is_complete))))?;
+        let (deltas, message) = guarded(py, || Ok(self.with(|parser| parser.finish(is_complete))))?;
         Ok((python_deltas(py, deltas)?, python_message(py, message)?))
     }
 }
