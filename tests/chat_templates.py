@@ -96,7 +96,9 @@ LLAMA_3 = """{%- for message in messages %}
 {%- endif %}"""
 
 MISTRAL = """{{- bos_token }}
-{%- if tools %}{{- '[AVAILABLE_TOOLS]' }}{{- tools | tojson }}{{- '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{%- if tools %}
+    {{- '[AVAILABLE_TOOLS]' }}{{- tools | tojson }}{{- '[/AVAILABLE_TOOLS]' }}
+{%- endif %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
         {{- '[INST]' + message.content + '[/INST]' }}
@@ -106,7 +108,9 @@ MISTRAL = """{{- bos_token }}
     {%- elif message.tool_calls %}
         {{- message.content or '' }}{{- '[TOOL_CALLS][' }}
         {%- for call in message.tool_calls %}
-            {%- if call.id | length != 9 %}{{- raise_exception('an id has 9 characters') }}{%- endif %}
+            {%- if call.id | length != 9 %}
+                {{- raise_exception('an id has 9 characters') }}
+            {%- endif %}
             {{- '{"name": "' + call.function.name + '", "arguments": ' }}
             {{- call.function.arguments | tojson }}{{- ', "id": "' + call.id + '"}' }}
             {%- if not loop.last %}{{- ', ' }}{%- endif %}
@@ -176,11 +180,11 @@ def hermes_call(name: str, arguments: Any) -> str:
 
 
 CASES = {
-    "plain text": Case(PLAIN, "It is <b>warm</b> today 😀.", "It is <b>warm</b> today 😀.", has_tools=False),
-    "what looks like a tag": Case(HERMES, "1 < 2 <tool> <tool", "1 < 2 <tool> <tool"),
-    "a call": Case(
-        HERMES, hermes_call("get_weather", TWO_DAYS), calls=[("get_weather", TWO_DAYS)]
+    "plain text": Case(
+        PLAIN, "It is <b>warm</b> today 😀.", "It is <b>warm</b> today 😀.", has_tools=False
     ),
+    "what looks like a tag": Case(HERMES, "1 < 2 <tool> <tool", "1 < 2 <tool> <tool"),
+    "a call": Case(HERMES, hermes_call("get_weather", TWO_DAYS), calls=[("get_weather", TWO_DAYS)]),
     "words and a call": Case(
         HERMES,
         "Let me see: " + hermes_call("get_weather", ROME),

@@ -1,4 +1,4 @@
-"""Chats with tools over a scripted engine: what may be asked, and in what pieces an answer comes."""
+"""Chats with tools over a scripted engine: what may be asked, and the pieces of an answer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,11 @@ ROME = ToolCall("call_0", "get_weather", '{"city": "Rome"}')
 async def test_an_answer_has_content_reasoning_and_tool_calls(face: MakeFace):
     answer = await face(ScriptedContext(CALLING)).call("chat", "How is it?", tools=[WEATHER])
     assert isinstance(answer, ChatCompletion)
-    assert (answer.content, answer.reasoning, answer.tool_calls) == ("Let me see.", "Rome?", (ROME,))
+    assert (answer.content, answer.reasoning, answer.tool_calls) == (
+        "Let me see.",
+        "Rome?",
+        (ROME,),
+    )
     assert (answer.finish_reason, answer.parse_error, str(answer)) == (
         "tool_calls",
         None,
@@ -163,9 +167,7 @@ def tool(**fields: Any) -> list[dict[str, Any]]:
         ({"tool_choise": "auto"}, "has no field `tool_choise`"),
     ],
 )
-async def test_odd_options_are_refused_by_name(
-    face: MakeFace, fields: dict[str, Any], named: str
-):
+async def test_odd_options_are_refused_by_name(face: MakeFace, fields: dict[str, Any], named: str):
     with pytest.raises(InvalidRequestError, match=named):
         await face(ScriptedContext()).call("chat", "Why?", **fields)
 

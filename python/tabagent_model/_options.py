@@ -1,4 +1,4 @@
-"""How a conversation is written out: tools, thinking, template; what cannot be is refused by name."""
+"""How a conversation is written out: tools, thinking, template; the rest is refused by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class ChatOptions:
     tools: Sequence[Any] = ()
     tool_choice: Any = "auto"
     parallel_tool_calls: bool | None = None
-    template: str | os.PathLike[str] | None = None
+    template: str | None = None
+    """Given as a path it is read."""
     enable_thinking: bool = True
     reasoning_format: str = "auto"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -319,7 +319,7 @@ class Asked:
 
 
 class Chat(Asked):
-    """Messages whose answer is read: content, reasoning, tool calls, and what a schema makes of it."""
+    """Messages whose answer is read: content, reasoning, tool calls, the object of a schema."""
 
     def tokens(self) -> list[int]:
         tokens = super().tokens()
@@ -342,7 +342,7 @@ class Chat(Asked):
         return super().end(replace(completion, parsed=parsed, parse_error=error))
 
     def _constraint(self, prompt: ChatPrompt) -> dict[str, Any] | None:
-        """What the engine keeps to: the form of tool calls, or a schema once the thinking is over."""
+        """What the engine keeps to: the form of tool calls, or a schema behind the thoughts."""
         schema = self._options.schema
         if schema is None:
             return prompt.constraint

@@ -71,7 +71,8 @@ class _Stream(Generic[Item, Result]):
     @property
     def result(self) -> Result:
         """The whole answer, after its end; what ended it is raised if it was an error."""
-        return cast("Result", self._answer.result)
+        found: Any = self._answer.result
+        return cast("Result", found)
 
     @property
     def usage(self) -> Usage:

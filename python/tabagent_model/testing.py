@@ -236,7 +236,9 @@ class ScriptedContext:
         import json
 
         line = template or "{role}: {content}\n"
-        said = [{**message, "content": message["content"] or ""} for message in json.loads(messages)]
+        said = [
+            {**message, "content": message["content"] or ""} for message in json.loads(messages)
+        ]
         text = "".join(line.format(**message) for message in said)
         return ScriptedPrompt(text + "assistant: " * add_generation_prompt, self)
 

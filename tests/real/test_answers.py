@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from chat_templates import CASES, CHANNELS, HERMES, MISTRAL, PLAIN, THINKER, TOOLS, Case, hermes_call
+from chat_templates import (
+    CASES,
+    CHANNELS,
+    HERMES,
+    MISTRAL,
+    PLAIN,
+    THINKER,
+    TOOLS,
+    Case,
+    hermes_call,
+)
 from gguf_files import string, tiny_gguf
 from tabagent_model import InvalidRequestError, Model, TemplateError, ToolCall
 from tabagent_model._core import PyModel
@@ -167,7 +177,9 @@ def test_thinking_can_be_turned_off_where_the_template_can_say_so(vocabulary: Mo
     off = vocabulary.apply_chat_template(ASKED, template=HERMES, enable_thinking=False)
     assert off.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     kwargs = {"enable_thinking": False}
-    assert vocabulary.apply_chat_template(ASKED, template=HERMES, chat_template_kwargs=kwargs) == off
+    assert (
+        vocabulary.apply_chat_template(ASKED, template=HERMES, chat_template_kwargs=kwargs) == off
+    )
 
 
 def test_tools_bring_a_grammar_that_waits_for_a_call_or_does_not(vocabulary: Model):
