@@ -70,8 +70,18 @@ fn compile_shim(llama: &Path) {
         .flag_if_supported("-fno-gnu-unique") // see rust/cmake/llama.cmake
         .flag_if_supported("-Wno-unused-function") // in llama.cpp's headers
         .files(
-            ["llama", "attention", "chat", "probe", "samplers"]
-                .map(|name| format!("rust/shim/{name}.cpp")),
+            [
+                "answer",
+                "attention",
+                "chat",
+                "chat_options",
+                "llama",
+                "probe",
+                "samplers",
+                "template_limits",
+                "template_marks",
+            ]
+            .map(|name| format!("rust/shim/{name}.cpp")),
         )
         .compile("tabagent_shim");
 }

@@ -11,12 +11,22 @@ from typing import Any
 
 import pytest
 
-from tabagent_model import AsyncModel, AsyncTextStream, Model, TextStream
+from tabagent_model import (
+    AsyncChatStream,
+    AsyncModel,
+    AsyncTextStream,
+    ChatStream,
+    Model,
+    TextStream,
+)
 from tabagent_model.testing import ScriptedContext
 
 # A run in the background begins with Ctrl-C ignored, and so would the children of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+Stream = TextStream | AsyncTextStream | ChatStream | AsyncChatStream
 
 
 class Face:
@@ -32,16 +42,16 @@ class Face:
     async def generate(self, *args: Any, **fields: Any) -> Any:
         return await self.call("generate", *args, **fields)
 
-    async def pieces(self, stream: TextStream | AsyncTextStream) -> AsyncIterator[str]:
-        if isinstance(stream, AsyncTextStream):
+    async def pieces(self, stream: Stream) -> AsyncIterator[Any]:
+        if isinstance(stream, (AsyncTextStream, AsyncChatStream)):
             async for piece in stream:
                 yield piece
         else:
             while (piece := await asyncio.to_thread(next, stream, None)) is not None:
                 yield piece
 
-    async def close(self, stream: TextStream | AsyncTextStream) -> None:
-        if isinstance(stream, AsyncTextStream):
+    async def close(self, stream: Stream) -> None:
+        if isinstance(stream, (AsyncTextStream, AsyncChatStream)):
             await stream.aclose()
         else:
             await asyncio.to_thread(stream.close)

@@ -15,6 +15,7 @@ from tabagent_model import (
     AsyncModel,
     AsyncSession,
     AsyncTextStream,
+    ChatDelta,
     Completion,
     ContextLimitExceededError,
     InvalidRequestError,
@@ -66,7 +67,8 @@ async def test_a_chat_is_written_out_for_the_engine(face: MakeFace):
 async def test_a_chat_streams(face: MakeFace):
     spoken = face(ScriptedContext(["Be", "cause", "!"]))
     stream = spoken.model.stream_chat("Why?")
-    assert [piece async for piece in spoken.pieces(stream)] == ["Be", "cause", "!"]
+    deltas = [delta async for delta in spoken.pieces(stream)]
+    assert deltas == [ChatDelta("Be"), ChatDelta("cause"), ChatDelta("!")]
 
 
 async def test_a_text_alone_is_a_message_of_the_user(face: MakeFace):

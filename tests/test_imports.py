@@ -21,16 +21,17 @@ MAY_IMPORT = {
     "_log": {"_core"},
     "_courier": {"errors", "results"},
     "_prompt": {"errors"},
+    "_options": {"_prompt", "errors"},
     "stream": {"_courier", "errors", "results"},
     "_crowd": {"_courier", "errors", "results", "stream"},
     "_loading": {"_core", "_courier", "_log", "_native", "errors", "params", "stream"},
     "_session_file": {"_core", "errors", "model"},  # the model for type checkers only
     "chat": {
-        *("_courier", "_prompt", "_session_file", "errors"),
+        *("_courier", "_options", "_prompt", "_session_file", "errors"),
         *("model", "params", "results", "stream"),  # the model for type checkers only
     },
     "model": {
-        *("_core", "_courier", "_crowd", "_loading", "_log", "_prompt"),
+        *("_core", "_courier", "_crowd", "_loading", "_log", "_options", "_prompt"),
         *("chat", "errors", "metrics", "params", "pin", "results", "stream"),
     },
     "testing": {"errors", "params", "results"},

@@ -44,8 +44,18 @@ from .errors import (
 from .model import AsyncModel, Model, inspect
 from .params import GenerationConfig, ModelConfig
 from .pin import Pin
-from .results import Completion, InferenceMetrics, ModelDescription, TokenLogprob, Usage
-from .stream import AsyncTextStream, TextStream
+from .results import (
+    ChatCompletion,
+    ChatDelta,
+    Completion,
+    InferenceMetrics,
+    ModelDescription,
+    TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
+from .stream import AsyncChatStream, AsyncTextStream, ChatStream, TextStream
 
 _core = _native.core
 PyContext = _core.PyContext
@@ -55,11 +65,15 @@ get_optimal_binary = _core.get_optimal_binary
 __version__ = _core.__version__
 
 __all__ = [
+    "AsyncChatStream",
     "AsyncModel",
     "AsyncSession",
     "AsyncTextStream",
     "BackendError",
     "BinaryNotFoundError",
+    "ChatCompletion",
+    "ChatDelta",
+    "ChatStream",
     "Completion",
     "ContextLimitExceededError",
     "ContextTooSmallError",
@@ -95,6 +109,8 @@ __all__ = [
     "TextStream",
     "TokenLogprob",
     "TokenizationError",
+    "ToolCall",
+    "ToolCallDelta",
     "UnreadableModelError",
     "UnsupportedModelError",
     "Usage",

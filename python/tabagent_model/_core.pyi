@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 __all__ = [
     "LLAMA_CPP_VERSION",
+    "ChatParser",
     "ChatPrompt",
     "Event",
     "PyContext",
@@ -96,12 +97,21 @@ class PyModel:
         """The same as `inspect_gguf` of its file."""
     def chat_template(self) -> str | None: ...
     def render_chat(
-        self, messages: str, add_generation_prompt: bool = True, template: str | None = None
+        self,
+        messages: str,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        options_json: str | None = None,
     ) -> ChatPrompt:
         """A conversation, as JSON text of messages in OpenAI's shape, in the model's own template.
 
-        `template` is the text of another one. A template that fails, or uses more time, memory or
-        recursion than a template needs, is refused with TemplateError.
+        `template` is the text of another one, or the name of another one of the model's. A template
+        that fails, or uses more time, memory or recursion than a template needs, is refused with
+        TemplateError.
+
+        `options_json` is the text of an object with any of `tools` (in OpenAI's shape),
+        `tool_choice` ("auto", "none" or "required"), `parallel_tool_calls`, `enable_thinking`,
+        `reasoning_format`, `chat_template_kwargs` and `continue_final_message`.
         """
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         """Text to ids. Control tokens written in `text` stay plain text unless `special`."""
@@ -148,12 +158,54 @@ class ChatPrompt:
     @property
     def stops(self) -> list[str]:
         """Strings that end an answer, as the template demands it."""
+    @property
+    def preserved_tokens(self) -> list[int]:
+        """Control tokens that are part of an answer's text."""
+    @property
+    def constraint(self) -> dict[str, Any] | None:
+        """What keeps tool calls in their form: `syntax`, `text`, `lazy`, `triggers` (each with
+        `type`, `value` and perhaps `token`), and `prefix`: what of it stands in the prompt already.
+        """
+    @property
+    def thinking(self) -> tuple[str, str] | None:
+        """The tags around what the model thinks."""
+    @property
+    def is_thinking(self) -> bool:
+        """The prompt ends between these tags."""
+    def parser(self, patience: int = 50) -> ChatParser:
+        """Reads one answer. It reads the whole of it each time, so it does so again only when
+        `patience` times as long has passed as the last time took, and at the end."""
     def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None:
         """The ids of the prompt, or of what follows after this beginning; None if it has another.
 
         The template's control text becomes control tokens; the same text in a message does not.
         What cannot have fewer than `limit` ids is refused at once.
         """
+
+@final
+class ChatParser:
+    """Answer → content, reasoning and tool calls, while it is being written."""
+
+    def feed(self, text: str) -> list[tuple[Any, ...]]:
+        """More of the answer. What comes back is certain; what may still change is held back.
+
+        Each is ("content", text), ("reasoning", text), or ("tool_call", index, id, name, a piece of
+        the arguments), with the id and the name in the first piece of each call only.
+        """
+    def finish(self, is_complete: bool = True) -> tuple[list[tuple[Any, ...]], Message]:
+        """The rest, and all of it: the deltas together are the message. `is_complete`: the model
+        ended the answer itself."""
+
+@type_check_only
+class Message(TypedDict):
+    """An answer as its template means it."""
+
+    content: str
+    reasoning: str
+    tool_calls: list[dict[str, str]]
+    """Each with `id`, `name` and `arguments`, which is JSON text."""
+    error: str | None
+    """Why the parts are not what the model meant, if they are not."""
 
 @type_check_only
 class UnloadReport(TypedDict):

@@ -92,6 +92,13 @@ class Context(Protocol):
     def import_state(self, data: bytes, tokens: Sequence[int]) -> int: ...
 
 
+class ChatParser(Protocol):
+    """What `_core.ChatParser` and `testing.ScriptedParser` have in common."""
+
+    def feed(self, text: str) -> Sequence[Any]: ...
+    def finish(self, is_complete: bool = True) -> tuple[Sequence[Any], Mapping[str, Any]]: ...
+
+
 request_ids = count(1)
 
 
@@ -104,6 +111,8 @@ class Request:
     params: Mapping[str, Any]
     on_end: OnEnd | None = None
     """Hears of the end once: gets the answer and may change it, or None if there is none."""
+    parser: Callable[[], ChatParser] | None = None
+    """What reads a chat's answer; there when the prompt was made."""
 
     @property
     def size(self) -> float:

@@ -63,7 +63,8 @@ def token_ids(tokens: Sequence[int], name: str = "tokens") -> list[int]:
 
 
 def checked_messages(messages: Messages) -> list[Message]:
-    """Messages in OpenAI's shape; a text alone is one of the user."""
+    """Messages in OpenAI's shape; a text alone is one of the user. What else a message may hold in
+    other programs (`refusal`, `audio`, …) is left out."""
     if isinstance(messages, str):
         return [{"role": "user", "content": sound_text(messages)}]
     if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Sequence):
@@ -72,29 +73,88 @@ def checked_messages(messages: Messages) -> list[Message]:
     if not 1 <= len(many) <= _MOST_MESSAGES:
         message = f"`messages` must hold 1 to {_MOST_MESSAGES} messages, got {len(many)}"
         raise InvalidRequestError(message, name="messages")
-    for index, said in enumerate(many):
-        _check_message(said, f"messages[{index}]")
-    return many
+    return [_checked_message(said, f"messages[{index}]") for index, said in enumerate(many)]
 
 
-def _check_message(message: Any, name: str) -> None:
+def _checked_message(message: Any, name: str) -> Message:
     if not isinstance(message, Mapping):
         raise _bad_message(name, "a mapping with `role` and `content`", message)
-    role, content = message.get("role"), message.get("content")
+    role = message.get("role")
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
         raise _bad_message(f"{name}.role", "a word like `user`", role)
-    if content is None and "tool_calls" in message:
-        return
-    if isinstance(content, str):
-        sound_text(content)
-    elif isinstance(content, Sequence) and not isinstance(content, bytes):
-        for part in content:
-            is_text = isinstance(part, Mapping) and part.get("type") == "text"
-            if not is_text or not isinstance(part.get("text"), str):
-                raise _bad_message(f"{name}.content", "text, or a list of text parts", part)
-            sound_text(part["text"])
+    checked: dict[str, Any] = {"role": role}
+    calls = message.get("tool_calls")
+    if message.get("content") is None and calls:
+        checked["content"] = None
     else:
-        raise _bad_message(f"{name}.content", "text, or a list of text parts", content)
+        checked["content"] = _checked_content(message.get("content"), f"{name}.content")
+    if calls:
+        checked["tool_calls"] = _checked_calls(calls, f"{name}.tool_calls")
+    for key in ("reasoning_content", "name", "tool_call_id"):
+        if message.get(key) is not None:
+            checked[key] = _checked_text(message[key], f"{name}.{key}")
+    if role == "tool" and "tool_call_id" not in checked:
+        raise _bad_message(f"{name}.tool_call_id", "the `id` of a tool call", None)
+    return checked
+
+
+def _checked_content(content: Any, name: str) -> str | list[dict[str, str]]:
+    if isinstance(content, str):
+        return sound_text(content)
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise _bad_message(name, "text, or a list of text parts", content)
+    parts = []
+    for part in content:
+        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
+            raise _bad_message(name, "text, or a list of text parts", part)
+        parts.append({"type": "text", "text": sound_text(part["text"])})
+    return parts
+
+
+def _checked_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, Sequence) or isinstance(calls, (str, bytes)):
+        raise _bad_message(name, "a list of tool calls", calls)
+    return [_checked_call(call, f"{name}[{index}]") for index, call in enumerate(calls)]
+
+
+def _checked_call(call: Any, name: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or call.get("type", "function") != "function":
+        raise _bad_message(name, "a tool call with a `function`", call)
+    called = {"name": _checked_text(function.get("name"), f"{name}.function.name")}
+    arguments = function.get("arguments")
+    if isinstance(arguments, Mapping):
+        arguments = json_text(arguments, f"{name}.function.arguments")
+    called["arguments"] = _checked_text(arguments, f"{name}.function.arguments")
+    checked: dict[str, Any] = {"type": "function", "function": called}
+    if call.get("id") is not None:
+        checked["id"] = _checked_text(call["id"], f"{name}.id")
+    return checked
+
+
+def _checked_text(text: Any, name: str) -> str:
+    if not isinstance(text, str):
+        raise _bad_message(name, "text", text)
+    return sound_text(text)
+
+
+def json_text(value: Any, name: str) -> str:
+    """What is said to llama.cpp in JSON; what JSON cannot hold is refused by name."""
+    import json
+
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        message = f"`{name}` must hold what JSON can hold: {error}"
+        raise InvalidRequestError(message, name=name) from None
+    return sound_text(text)
+
+
+def _plain(value: object) -> dict[Any, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__} is nothing for JSON")
 
 
 def _bad_message(name: str, allowed: str, got: object) -> InvalidRequestError:

@@ -20,11 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from ._courier import Request, request_ids
+from ._courier import ChatParser, Request, request_ids
+from ._options import ChatOptions
 from ._prompt import Message, checked_messages, sound_text, token_ids
 from .errors import InvalidRequestError, SessionFileError
 from .params import GenerationConfig, GenerationFields
-from .results import Completion
+from .results import ChatCompletion, Completion
 from .stream import LONG_TEXT, AsyncTextStream, TextStream, settle
 
 if TYPE_CHECKING:
@@ -41,6 +42,15 @@ class ChatPrompt(Protocol):
     def text(self) -> str: ...
     @property
     def stops(self) -> Sequence[str]: ...
+    @property
+    def preserved_tokens(self) -> Sequence[int]: ...
+    @property
+    def constraint(self) -> dict[str, Any] | None: ...
+    @property
+    def thinking(self) -> tuple[str, str] | None: ...
+    @property
+    def is_thinking(self) -> bool: ...
+    def parser(self, patience: int = 50) -> ChatParser: ...
     def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None: ...
 
 
@@ -245,13 +255,14 @@ class Asked:
     """Messages on their way to the engine; the oldest turns stay behind if that was asked for."""
 
     def __init__(
-        self, model: _Base, messages: list[Message], template: str | None, params: dict[str, Any]
+        self, model: _Base, messages: list[Message], options: ChatOptions, params: dict[str, Any]
     ) -> None:
         self.params = params
         self.first = self.dropped_tokens = 0
         """How many messages are left out, and how many tokens that makes."""
         self.text = ""
-        self._model, self._template = model, template
+        self._model, self._options = model, options
+        self._prompt: ChatPrompt | None = None
         roles = [message["role"] for message in messages]
         num_system = next((i for i, r in enumerate(roles) if r not in _SYSTEM), len(roles))
         self._system, self._messages = messages[:num_system], messages[num_system:]
@@ -263,16 +274,20 @@ class Asked:
         """The prompt. What one message alone cannot fit is refused before it takes time."""
         n_ctx, most = self._model.n_ctx, self.params["max_tokens"]
         if self._drops and any(len(m["content"] or "") > LONG_TEXT for m in self._messages[-1:]):
-            self._model._render(self._messages[-1:], True, self._template).tokens(limit=n_ctx)
+            self._model._render(self._messages[-1:], self._options).tokens(limit=n_ctx)
         prompt, tokens = self._rendered(self.first)
         room = n_ctx - (n_ctx // 4 if most < 0 else min(most, n_ctx // 2))
         if self._drops and len(tokens) > room:
             needed = len(tokens)
             prompt, tokens = self._rendered(self._first_that_fits(room))
             self.dropped_tokens += needed - len(tokens)
-        self.text = prompt.text
+        self.text, self._prompt = prompt.text, prompt
         self.params["stop"] = (*self.params["stop"], *prompt.stops)
         return tokens
+
+    def parser(self) -> ChatParser:
+        assert self._prompt is not None
+        return self._prompt.parser()
 
     def end(self, completion: Completion | None) -> Completion | None:
         """The answer, with what it had to do without."""
@@ -296,12 +311,46 @@ class Asked:
 
     def _rendered(self, first: int) -> tuple[ChatPrompt, list[int]]:
         messages = [*self._system, *self._messages[first:]]
-        prompt = self._model._render(messages, True, self._template)
+        prompt = self._model._render(messages, self._options)
         return prompt, self._read(prompt, None if self._drops else self._model.n_ctx)
 
     def _read(self, prompt: ChatPrompt, limit: int | None) -> list[int]:
         return prompt.tokens(limit=limit) or []
 
+
+class Chat(Asked):
+    """Messages whose answer is read: content, reasoning, tool calls, the object of a schema."""
+
+    def tokens(self) -> list[int]:
+        tokens = super().tokens()
+        assert self._prompt is not None
+        wanted = self._constraint(self._prompt)
+        if _ENGINE_TAKES_CONSTRAINTS:
+            self.params["preserved_tokens"] = list(self._prompt.preserved_tokens)
+            if wanted is not None:
+                self.params["constraint"] = wanted
+        return tokens
+
+    def end(self, completion: Completion | None) -> Completion | None:
+        schema = self._options.schema
+        if schema is None or not isinstance(completion, ChatCompletion):
+            return super().end(completion)
+        try:
+            parsed, error = schema.parse(completion.content), completion.parse_error
+        except ValueError as wrong:
+            parsed, error = None, str(wrong)
+        return super().end(replace(completion, parsed=parsed, parse_error=error))
+
+    def _constraint(self, prompt: ChatPrompt) -> dict[str, Any] | None:
+        """What the engine keeps to: the form of tool calls, or a schema behind the thoughts."""
+        schema = self._options.schema
+        if schema is None:
+            return prompt.constraint
+        after = prompt.thinking[1] if prompt.thinking and prompt.is_thinking else None
+        return {**schema.constraint, "after": after}
+
+
+_ENGINE_TAKES_CONSTRAINTS = False
 
 _SYSTEM = ("system", "developer")
 
@@ -314,7 +363,7 @@ class _Turn(Asked):
         self._session = session
         self._message = {"role": "user", "content": text}
         self._tokens: list[int] = []
-        super().__init__(session._model, [self._message], None, params)
+        super().__init__(session._model, [self._message], ChatOptions(), params)
 
     def tokens(self) -> list[int]:
         """From here on the session takes no other message."""

@@ -17,29 +17,41 @@ from . import _core, _courier, _loading, _log
 from ._courier import Context, Courier, Request, request_ids
 from ._crowd import Crowd
 from ._loading import OnProgress, open_model, open_model_async
+from ._options import ChatOptions
 from ._prompt import (
+    Message,
     Messages,
     Prompt,
     Prompts,
     checked,
     checked_messages,
     is_many,
+    json_text,
     sound_text,
     token_ids,
 )
-from .chat import Asked, AsyncSession, Session
+from .chat import AsyncSession, Chat, Session
 from .errors import InvalidRequestError, ModelNotLoadedError, TemplateError
 from .metrics import prometheus
 from .params import (
+    ChatFields,
     GenerationConfig,
     GenerationFields,
     ModelConfig,
     ModelFields,
+    PromptFields,
     checked_whole,
 )
 from .pin import Pin
-from .results import Completion, ModelDescription, Source
-from .stream import LONG_TEXT, AsyncTextStream, TextStream, settle
+from .results import ChatCompletion, Completion, ModelDescription, Source
+from .stream import (
+    LONG_TEXT,
+    AsyncChatStream,
+    AsyncTextStream,
+    ChatStream,
+    TextStream,
+    settle,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -201,31 +213,48 @@ class _Base:
         return params
 
     def _chat_request(
-        self,
-        messages: Messages,
-        config: GenerationConfig | None,
-        template: str | None,
-        given: GenerationFields,
+        self, messages: Messages, config: GenerationConfig | None, given: ChatFields
     ) -> Request:
-        asked = Asked(self, checked_messages(messages), template, _params_of(config, given))
-        return Request(next(request_ids), asked.tokens, asked.params, asked.end)
+        fields = cast("dict[str, Any]", given)
+        options = ChatOptions.taken_from(fields)
+        params = _params_of(config, cast("GenerationFields", fields))
+        asked = Chat(self, checked_messages(messages), options, params)
+        return Request(next(request_ids), asked.tokens, asked.params, asked.end, asked.parser)
+
+    def _written(
+        self, messages: Messages, given: PromptFields, add_generation_prompt: bool = True
+    ) -> ChatPrompt:
+        fields = cast("dict[str, Any]", given)
+        options = ChatOptions.taken_from(fields)
+        _params_of(None, cast("GenerationFields", fields))  # refuses what else was typed
+        return self._render(checked_messages(messages), options, add_generation_prompt)
 
     def _render(
         self,
-        messages: Messages,
+        messages: Sequence[Message],
+        options: ChatOptions,
         add_generation_prompt: bool = True,
-        template: str | None = None,
     ) -> ChatPrompt:
-        import json
+        if options.continue_final_message and messages[-1]["role"] != "assistant":
+            name = "continue_final_message"
+            message = f"`{name}` goes on with a message of the assistant, and the last one is none"
+            raise InvalidRequestError(message, name=name)
+        said = json_text(messages, "messages")
+        asked = options.to_json()
+        render = self._renderer.render_chat
+        return render(said, add_generation_prompt, options.template, asked)
 
-        said = json.dumps(checked_messages(messages), ensure_ascii=False, default=dict)
-        template = None if template is None else sound_text(template)
-        return self._renderer.render_chat(said, add_generation_prompt, template)
-
-    def _count(self, asked: Messages) -> int:
-        if isinstance(asked, str):
+    def _count(self, asked: Messages, given: PromptFields) -> int:
+        if isinstance(asked, str) and not given:
             return len(self._tokenizer.tokenize(sound_text(asked)))
-        return len(self._render(asked).tokens() or [])
+        return len(self._written(asked, given).tokens() or [])
+
+    def _parse(self, text: str, messages: Messages, given: PromptFields) -> ChatCompletion:
+        parser = self._written(messages, given).parser()
+        raw = Completion(sound_text(text), (), "stop", model=self._source.model)
+        parser.feed(text)
+        _, message = parser.finish()
+        return ChatCompletion.read(raw, message, "tool_calls" if message["tool_calls"] else "stop")
 
     @property
     def _renderer(self) -> PyModel:
@@ -371,26 +400,23 @@ class Model(_Base):
         self,
         messages: Messages,
         config: GenerationConfig | None = None,
-        *,
-        template: str | None = None,
-        **fields: Unpack[GenerationFields],
-    ) -> Completion:
+        **fields: Unpack[ChatFields],
+    ) -> ChatCompletion:
         """Answer a conversation: messages in OpenAI's shape, or the text of one user message.
 
-        It is written out in the model's own chat template, or in `template`.
+        It is written out in the model's own chat template, or in `template`. The answer is read
+        as the template means it: `content`, `reasoning`, `tool_calls`.
         """
-        return self._chat(messages, config, template, fields).collect()
+        return self._chat(messages, config, fields).collect()
 
     def stream_chat(
         self,
         messages: Messages,
         config: GenerationConfig | None = None,
-        *,
-        template: str | None = None,
-        **fields: Unpack[GenerationFields],
-    ) -> TextStream:
+        **fields: Unpack[ChatFields],
+    ) -> ChatStream:
         """The answer to a conversation, piece by piece. Use it in a `with`."""
-        return self._chat(messages, config, template, fields).submit()
+        return self._chat(messages, config, fields).submit()
 
     def session(
         self,
@@ -413,14 +439,20 @@ class Model(_Base):
         self,
         messages: Messages,
         add_generation_prompt: bool = True,
-        template: str | None = None,
+        **fields: Unpack[PromptFields],
     ) -> str:
         """A conversation as the text that the model would read."""
-        return self._render(messages, add_generation_prompt, template).text
+        return self._written(messages, fields, add_generation_prompt).text
 
-    def count_tokens(self, messages_or_text: Messages) -> int:
+    def parse_chat(
+        self, text: str, messages: Messages = "Hi", **fields: Unpack[PromptFields]
+    ) -> ChatCompletion:
+        """What a raw answer to these messages means: content, reasoning and tool calls."""
+        return self._parse(text, messages, fields)
+
+    def count_tokens(self, messages_or_text: Messages, **fields: Unpack[PromptFields]) -> int:
         """The tokens of a text, or of the prompt that messages make."""
-        return self._count(messages_or_text)
+        return self._count(messages_or_text, fields)
 
     def pin(self, prompt: Prompt, **fields: Unpack[GenerationFields]) -> Pin:
         """Compute a beginning that many prompts share, and keep it in the prompt cache."""
@@ -435,14 +467,10 @@ class Model(_Base):
         return self._tokenizer.detokenize(token_ids(tokens), special)
 
     def _chat(
-        self,
-        messages: Messages,
-        config: GenerationConfig | None,
-        template: str | None,
-        fields: GenerationFields,
-    ) -> TextStream:
-        request = self._chat_request(messages, config, template, fields)
-        return TextStream(self._open_courier, request, self._source, self)
+        self, messages: Messages, config: GenerationConfig | None, fields: ChatFields
+    ) -> ChatStream:
+        request = self._chat_request(messages, config, fields)
+        return ChatStream(self._open_courier, request, self._source, self)
 
     def unload(self, timeout: float = 5.0) -> UnloadReport:
         """End what runs, then give the memory back. A second call does nothing."""
@@ -561,24 +589,20 @@ class AsyncModel(_Base):
         self,
         messages: Messages,
         config: GenerationConfig | None = None,
-        *,
-        template: str | None = None,
-        **fields: Unpack[GenerationFields],
-    ) -> Completion:
+        **fields: Unpack[ChatFields],
+    ) -> ChatCompletion:
         """As `Model.chat`."""
-        return await self.stream_chat(messages, config, template=template, **fields).collect()
+        return await self.stream_chat(messages, config, **fields).collect()
 
     def stream_chat(
         self,
         messages: Messages,
         config: GenerationConfig | None = None,
-        *,
-        template: str | None = None,
-        **fields: Unpack[GenerationFields],
-    ) -> AsyncTextStream:
+        **fields: Unpack[ChatFields],
+    ) -> AsyncChatStream:
         """The answer to a conversation; nothing to await here. Use it in an `async with`."""
-        request = self._chat_request(messages, config, template, fields)
-        return AsyncTextStream(self._open_courier, request, self._source, self)
+        request = self._chat_request(messages, config, fields)
+        return AsyncChatStream(self._open_courier, request, self._source, self)
 
     def session(
         self,
@@ -596,16 +620,22 @@ class AsyncModel(_Base):
         self,
         messages: Messages,
         add_generation_prompt: bool = True,
-        template: str | None = None,
+        **fields: Unpack[PromptFields],
     ) -> str:
         """As `Model.apply_chat_template`."""
-        render = self._render
-        prompt = await _in_executor(lambda: render(messages, add_generation_prompt, template))
+        written = self._written
+        prompt = await _in_executor(lambda: written(messages, fields, add_generation_prompt))
         return prompt.text
 
-    async def count_tokens(self, messages_or_text: Messages) -> int:
+    async def parse_chat(
+        self, text: str, messages: Messages = "Hi", **fields: Unpack[PromptFields]
+    ) -> ChatCompletion:
+        """As `Model.parse_chat`."""
+        return await _in_executor(lambda: self._parse(text, messages, fields))
+
+    async def count_tokens(self, messages_or_text: Messages, **fields: Unpack[PromptFields]) -> int:
         """As `Model.count_tokens`."""
-        return await _in_executor(lambda: self._count(messages_or_text))
+        return await _in_executor(lambda: self._count(messages_or_text, fields))
 
     async def pin(self, prompt: Prompt, **fields: Unpack[GenerationFields]) -> Pin:
         """As `Model.pin`."""

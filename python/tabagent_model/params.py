@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from itertools import islice
@@ -443,6 +443,34 @@ class GenerationFields(TypedDict, total=False):
     n_keep: int | None
     add_bos: bool | None
     special: bool | None
+
+
+class PromptFields(TypedDict, total=False):
+    """What says how a conversation is written out."""
+
+    tools: Sequence[Any] | None
+    """What the model may call: functions in OpenAI's shape."""
+    tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None
+    """`required`: the answer is a tool call; a mapping names the one function that it calls."""
+    parallel_tool_calls: bool | None
+    """Whether an answer may hold several calls; None: if the template can."""
+    template: str | os.PathLike[str] | None
+    """Another template than the model's: its text, a file, or the name of one of the model's."""
+    enable_thinking: bool | None
+    """False asks a model that thinks first not to, if its template can say so."""
+    reasoning_format: Literal["auto", "none", "deepseek", "deepseek-legacy"] | None
+    """`none` leaves what the model thought in the content."""
+    chat_template_kwargs: Mapping[str, Any] | None
+    """Further variables of the template."""
+    continue_final_message: bool | None
+    """The last message is the assistant's, and the answer goes on with it."""
+
+
+class ChatFields(GenerationFields, PromptFields, total=False):
+    """The keywords of `chat` and `stream_chat`: those of `generate`, and these."""
+
+    schema: Any
+    """What the answer has to be; `parsed` is what it was."""
 
 
 def _known(config: type[_Config], given: Mapping[str, Any]) -> dict[str, Any]:

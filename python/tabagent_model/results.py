@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 Logprob = tuple[int, str, float]
 Logprobs = Sequence[tuple[Logprob, Sequence[Logprob]]]
 
@@ -122,6 +122,94 @@ class Completion:
     @property
     def tokens_per_second(self) -> float:
         return self.metrics.tokens_per_second
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the model wants to be called."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """In OpenAI's shape."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class ChatCompletion(Completion):
+    """An answer in a conversation, read as the model's template means it; `text` is the raw one."""
+
+    content: str = field(default="", compare=False)
+    """What is said to the user."""
+    reasoning: str | None = field(default=None, compare=False)
+    """What the model thought before."""
+    tool_calls: tuple[ToolCall, ...] = field(default=(), compare=False)
+    parsed: Any = field(default=None, compare=False)
+    """The content as what `schema` asked for."""
+    parse_error: str | None = field(default=None, compare=False)
+    """Why the fields above are not what the model meant, if they are not."""
+
+    def __str__(self) -> str:
+        return self.content
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's message in OpenAI's shape, to be appended to the conversation."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["content"] = self.content or None
+            message["tool_calls"] = [call.to_dict() for call in self.tool_calls]
+        return message
+
+    @classmethod
+    def read(
+        cls, raw: Completion, message: Mapping[str, Any], finish_reason: FinishReason
+    ) -> ChatCompletion:
+        """From a raw answer and what a parser found in it."""
+        calls = tuple(ToolCall(**call) for call in message["tool_calls"])
+        return cls(
+            **{**vars(raw), "finish_reason": finish_reason},
+            content=message["content"],
+            reasoning=message["reasoning"] or None,
+            tool_calls=calls,
+            parse_error=message["error"],
+        )
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """A piece of a tool call. The first one of each `index` brings `id` and `name`."""
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True)
+class ChatDelta:
+    """A piece of an answer: one of these."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_call: ToolCallDelta | None = None
+
+    def __str__(self) -> str:
+        return self.content
+
+    @classmethod
+    def read(cls, found: Sequence[Any]) -> ChatDelta:
+        """From what a parser found."""
+        kind, *rest = found
+        if kind == "tool_call":
+            return cls(tool_call=ToolCallDelta(*rest))
+        return cls(content=rest[0]) if kind == "content" else cls(reasoning=rest[0])
 
 
 @dataclass(frozen=True)

@@ -7,32 +7,50 @@ dropped aborts without waiting.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from ._courier import Courier, Event, Inbox, LoopInbox, Request
 from .errors import GenerationCancelled, InternalError, TabAgentModelError
-from .results import Completion, FinishReason, Source, Usage, logprobs_of, metrics_of
+from .results import (
+    ChatCompletion,
+    ChatDelta,
+    Completion,
+    FinishReason,
+    Source,
+    Usage,
+    logprobs_of,
+    metrics_of,
+)
 
 if TYPE_CHECKING:
     from asyncio import Future
 
     from typing_extensions import Self
 
+    from ._courier import ChatParser
+
 T = TypeVar("T")
+Item = TypeVar("Item", str, ChatDelta)
+Result = TypeVar("Result", Completion, ChatCompletion)
 
 # Tokenizing a longer text would hold up the event loop, so a thread does it.
 LONG_TEXT = 8192
 
 
-class _Stream:
-    """What both kinds of streams know; they differ in how they wait."""
+class _Stream(Generic[Item, Result]):
+    """What all streams know; they differ in how they wait, and in what they give."""
 
     def __init__(self, courier: Courier, request: Request, source: Source, owner: object) -> None:
         self._courier = courier
         self._request = request
-        self._answer = Answer(request, source)
+        self._answer = ChatAnswer(request, source) if request.parser else Answer(request, source)
+        self._items: deque[Item] = deque()
+        """What has arrived and was not read yet."""
         self._owner = owner  # a model lives as long as its streams
         self._is_sent = False
 
@@ -51,9 +69,10 @@ class _Stream:
         return tuple(self._answer.tokens)
 
     @property
-    def result(self) -> Completion:
+    def result(self) -> Result:
         """The whole answer, after its end; what ended it is raised if it was an error."""
-        return self._answer.result
+        found: Any = self._answer.result
+        return cast("Result", found)
 
     @property
     def usage(self) -> Usage:
@@ -64,6 +83,9 @@ class _Stream:
         self._answer.is_cancelled = True
         if self._is_sent and not self._answer.is_over:
             self._courier.abort(self._request.id)
+
+    def _take(self, event: Event) -> None:
+        self._items.extend(self._answer.take(event))
 
     def _abandon(self) -> None:
         if self._is_sent and not self._answer.is_over:
@@ -77,8 +99,8 @@ class _Stream:
             return
 
 
-class TextStream(_Stream):
-    """An answer, piece by piece. `Model.stream` submits the request at once."""
+class _SyncStream(_Stream[Item, Result]):
+    """For threads."""
 
     def __init__(self, courier: Courier, request: Request, source: Source, owner: object) -> None:
         super().__init__(courier, request, source, owner)
@@ -98,23 +120,26 @@ class TextStream(_Stream):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> str:
-        while not self._answer.is_over:
+    def __next__(self) -> Item:
+        while True:
+            with suppress(IndexError):  # another thread may be quicker
+                return self._items.popleft()
+            if self._answer.is_over:
+                self._answer.check()
+                raise StopIteration
             self._courier.check_thread()
             try:
                 self._courier.check_owner()
                 event = self._receive()
-                piece = self._answer.take(event) if event else ""
+                if event is not None:
+                    self._take(event)
             except BaseException:  # Ctrl-C, mostly
                 self.close()
                 raise
-            if piece:
-                return piece
-        self._answer.check()
-        raise StopIteration
 
-    def collect(self, on_token: Callable[[str], Any] | None = None) -> Completion:
+    def collect(self, on_token: Callable[[Item], Any] | None = None) -> Result:
         """Read to the end. `on_token` gets each piece; if it returns False, that is the end."""
+        self._answer.is_watched = on_token is not None
         with self:
             if not self._is_sent:
                 self.submit()
@@ -155,8 +180,8 @@ class TextStream(_Stream):
         return event
 
 
-class AsyncTextStream(_Stream):
-    """An answer, piece by piece. The request is submitted when the first piece is awaited.
+class _AsyncStream(_Stream[Item, Result]):
+    """For event loops.
 
     Cancelling the task that waits for a piece ends the request; its place is free when
     CancelledError comes out.
@@ -169,26 +194,28 @@ class AsyncTextStream(_Stream):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> Item:
         import asyncio
 
         inbox = await self._start()
-        while not self._is_over:
+        while True:
+            if self._items:
+                return self._items.popleft()
+            if self._is_over:
+                self._answer.check()
+                raise StopAsyncIteration
             try:
-                piece = self._answer.take(await self._receive(inbox))
+                self._take(await self._receive(inbox))
             except asyncio.CancelledError:
                 await self.aclose()
                 raise
             except BaseException:  # the coroutine is thrown away: no more waiting
                 self._abandon()
                 raise
-            if piece:
-                return piece
-        self._answer.check()
-        raise StopAsyncIteration
 
-    async def collect(self, on_token: Callable[[str], Any] | None = None) -> Completion:
+    async def collect(self, on_token: Callable[[Item], Any] | None = None) -> Result:
         """Read to the end. `on_token`, which may be `async`, can end it by returning False."""
+        self._answer.is_watched = on_token is not None
         async with self:
             async for piece in self:
                 wish: Any = None if on_token is None else on_token(piece)
@@ -270,6 +297,25 @@ class AsyncTextStream(_Stream):
         return event
 
 
+class TextStream(_SyncStream[str, Completion]):
+    """An answer, piece by piece. `Model.stream` submits the request at once."""
+
+
+class ChatStream(_SyncStream[ChatDelta, ChatCompletion]):
+    """An answer in a conversation, piece by piece: content, reasoning, and pieces of tool calls.
+
+    All pieces together are what `result` holds. `Model.stream_chat` submits the request at once.
+    """
+
+
+class AsyncTextStream(_AsyncStream[str, Completion]):
+    """As TextStream. The request is submitted when the first piece is awaited."""
+
+
+class AsyncChatStream(_AsyncStream[ChatDelta, ChatCompletion]):
+    """As ChatStream. The request is submitted when the first piece is awaited."""
+
+
 class Answer:
     """What has come of one request so far."""
 
@@ -279,22 +325,23 @@ class Answer:
         self.is_over = False
         self.is_cancelled = False
         """By us: then its end is no error."""
+        self.is_watched = True
+        """Somebody reads it while it comes."""
         self._request = request
         self._source = source
         self._completion: Completion | None = None
         self._error: BaseException | None = None
 
-    def take(self, event: Event) -> str:
-        """Add an event, and give its text."""
+    def take(self, event: Event) -> Sequence[Any]:
+        """Add an event, and give what is to be read of it."""
         if self.is_over:
-            return ""
-        text = event.text
-        if text:
-            self.pieces.append(text)
+            return ()
+        if event.text:
+            self.pieces.append(event.text)
         self.tokens.extend(event.tokens)
         if event.is_last:
             self._finish(event)
-        return text
+        return (event.text,) if event.text else ()
 
     def check(self) -> None:
         """Raise what the request died of, if it did."""
@@ -346,6 +393,38 @@ class Answer:
             stop=event.stop,
             logprobs=logprobs_of(event.logprobs),
         )
+
+
+class ChatAnswer(Answer):
+    """One that is read as its chat template means it."""
+
+    _num_fed = 0
+    """How many of the pieces the parser knows."""
+    _deltas: Sequence[ChatDelta] = ()
+
+    def take(self, event: Event) -> Sequence[ChatDelta]:
+        self._deltas = ()
+        super().take(event)
+        if self.is_watched and not event.is_last:
+            self._deltas = self._feed()
+        return self._deltas
+
+    def _feed(self) -> list[ChatDelta]:
+        text, self._num_fed = "".join(self.pieces[self._num_fed :]), len(self.pieces)
+        return [ChatDelta.read(found) for found in self._parser.feed(text)] if text else []
+
+    def _complete(self, event: Event) -> ChatCompletion:
+        raw = super()._complete(event)
+        deltas = self._feed()
+        found, message = self._parser.finish(raw.finish_reason == "stop")
+        self._deltas = [*deltas, *map(ChatDelta.read, found)]
+        calls = raw.finish_reason == "stop" and message["tool_calls"]
+        return ChatCompletion.read(raw, message, "tool_calls" if calls else raw.finish_reason)
+
+    @cached_property
+    def _parser(self) -> ChatParser:
+        assert self._request.parser is not None
+        return self._request.parser()
 
 
 async def settle(future: Future[T], on_cancel: Callable[[], object] = lambda: None) -> T:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from re import findall
+from re import DOTALL, findall, sub
 from typing import Any, Literal, NamedTuple
 
 from .errors import (
@@ -62,11 +62,57 @@ class ScriptedPrompt:
     text: str
     context: ScriptedContext
     stops: Sequence[str] = ()
+    preserved_tokens: Sequence[int] = ()
+    constraint: dict[str, Any] | None = None
+    thinking: tuple[str, str] | None = None
+    is_thinking: bool = False
 
     def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None:
         if not self.text.startswith(after or ""):
             return None
         return self.context.tokenize(self.text[len(after or "") :], add_bos=after is None)
+
+    def parser(self, patience: int = 50) -> ScriptedParser:
+        return ScriptedParser()
+
+
+class ScriptedParser:
+    """Reads `<think>…</think>` and `<tool_call>{"name": …, "arguments": …}</tool_call>`, like
+    `_core.ChatParser`; everything else is content, told as it comes until there is a `<`."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._told = 0
+
+    def feed(self, text: str) -> list[tuple[Any, ...]]:
+        self._text += text
+        plain = self._text.partition("<")[0]
+        piece, self._told = plain[self._told :], len(plain)
+        return [("content", piece)] if piece else []
+
+    def finish(self, is_complete: bool = True) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
+        import json
+
+        text, calls, error = self._text, [], None
+        try:
+            for index, found in enumerate(findall("<tool_call>(.*?)</tool_call>", text, DOTALL)):
+                call = json.loads(found)
+                arguments = json.dumps(call["arguments"])
+                calls.append({"id": f"call_{index}", "name": call["name"], "arguments": arguments})
+            content = sub("<(tool_call|think)>.*?</\\1>", "", text, flags=DOTALL)
+        except (ValueError, LookupError, TypeError) as wrong:
+            content, calls, error = text, [], f"a tool call cannot be read: {wrong!r}"
+        reasoning = "" if error else "".join(findall("<think>(.*?)</think>", text, DOTALL))
+        deltas: list[tuple[Any, ...]] = [("reasoning", reasoning)] if reasoning else []
+        deltas += [("content", content[self._told :])] if content[self._told :] else []
+        for index, call in enumerate(calls):
+            deltas.append(("tool_call", index, call["id"], call["name"], call["arguments"]))
+        return deltas, {
+            "content": content,
+            "reasoning": reasoning,
+            "tool_calls": calls,
+            "error": error,
+        }
 
 
 class ScriptedContext:
@@ -109,7 +155,7 @@ class ScriptedContext:
 
     def submit(self, request_id: int, prompt: Prompt, params: Mapping[str, Any]) -> None:
         is_pin = params.get("pin", False)
-        config = GenerationConfig.from_dict({k: v for k, v in params.items() if k != "pin"})
+        config = GenerationConfig.from_dict({k: v for k, v in params.items() if k not in _CORES})
         if is_pin:
             config = config.with_max_tokens(0)
         tokens = self.tokenize(prompt, config.add_bos) if isinstance(prompt, str) else [*prompt]
@@ -180,13 +226,20 @@ class ScriptedContext:
         return "".join(map(self.token_to_text, tokens))
 
     def render_chat(
-        self, messages: str, add_generation_prompt: bool = True, template: str | None = None
+        self,
+        messages: str,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        options_json: str | None = None,
     ) -> ScriptedPrompt:
         """A line for each message; `template`, if given, with `{role}` and `{content}`."""
         import json
 
         line = template or "{role}: {content}\n"
-        text = "".join(line.format(**message) for message in json.loads(messages))
+        said = [
+            {**message, "content": message["content"] or ""} for message in json.loads(messages)
+        ]
+        text = "".join(line.format(**message) for message in said)
         return ScriptedPrompt(text + "assistant: " * add_generation_prompt, self)
 
     def token_to_text(self, token: int) -> str:
@@ -295,6 +348,8 @@ class ScriptedContext:
         self._counted["steps"] += 1
 
 
+# Keys of a request that are no fields of a config.
+_CORES = ("pin", "constraint", "preserved_tokens")
 _COUNTERS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "steps")
 
 

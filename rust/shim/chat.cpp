@@ -1,472 +1,71 @@
-// Messages → prompt, through llama.cpp's common/chat. The parsing of answers belongs here, too.
+// Messages → prompt, through llama.cpp's common/chat; and what the engine and the reader of the answer
+// have to know of it.
 //
-// A template comes with the model file, so from anybody, and llama.cpp's template engine has no
-// limits: it would build `range(10**9)`, follow a macro that calls itself, and never end. So the
-// parsed tree gets limits of ours, before llama.cpp runs it for the first time to find out what the
-// template can do. They hold for each run: statements, processor time, stack and bytes.
-//
-//     {% for … %}body{% endfor %}   each statement of a body is counted before it runs, and the
-//                                   text that it gave after it
-//     range(…)  'x' * n             asked for their size first
-//     a ~ b  x | filter  f(…)       measured when they have their result; `replace`, `join` and
-//                                   `indent`, which can multiply, are also judged before
-//
-// What is left to a malicious template is to use what it may: a second, and some memory.
+// llama.cpp writes the prompt and its grammar and parser. We keep whose text is whose: the template's
+// tree records each of its runs in pieces, and the prompt is the first of them, give or take what
+// llama.cpp has changed in it or put behind it.
+#include "answer.h"
+#include "chat_options.h"
 #include "guard.h"
+#include "template_limits.h"
+#include "template_marks.h"
 
+#include "chat-auto-parser-helpers.h"
 #include "chat-auto-parser.h"
 #include "chat.h"
 #include "common.h"
 #include "jinja/caps.h"
 #include "jinja/lexer.h"
-#include "jinja/parser.h"
 #include "jinja/runtime.h"
 #include "llama.h"
 #include "log.h"
 
-#include <chrono>
-#include <cmath>
+#include <algorithm>
 #include <ctime>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <typeinfo>
 #include <vector>
 
 namespace {
 
-using jinja::context;
-using jinja::statement_ptr;
+using autoparser::generation_params;
 using jinja::value;
 
-constexpr size_t MOST_TOKENS_OF_A_TAG = 4096;  // the parser and the engine recurse over them
-constexpr int    DEEPEST_TREE         = 1000;
-constexpr size_t DEEPEST_STACK        = size_t(4) << 20;  // of the 256 MiB that the caller gives
+constexpr size_t MOST_RUNS    = 3;  // of a template, until a prompt is made
+constexpr long   MOST_REPEATS = 1999;
 
-constexpr int64_t MOST_ITEMS    = 20'000;
-constexpr int64_t WIDEST_INDENT = 1000;
+// A part of the prompt, and whether it came from a message.
+struct Piece {
+    std::string text;
+    bool        is_input;
+};
+using Pieces = std::vector<Piece>;
 
-using Clock = std::chrono::steady_clock;
+}  // namespace
 
-double wall_seconds() { return std::chrono::duration<double>(Clock::now().time_since_epoch()).count(); }
-
-// Unlike a wall clock it stands still while others have the processor, but it is slow to read.
-double processor_seconds() {
-#ifdef CLOCK_THREAD_CPUTIME_ID
-    timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
-#else
-    return wall_seconds();
-#endif
-}
-
-// What one run of a template may use. Once one of it is used up every further check fails as well,
-// because the engine and the analysis swallow exceptions.
-class Limits {
-public:
-    // In proportion to what is rendered, so that ten thousand messages are fine.
-    explicit Limits(size_t num_messages = 0, size_t bytes = 0)
-        : steps_(100'000 + 50 * num_messages),
-          bytes_((size_t(2) << 20) + 4 * bytes),
-          total_(16 * bytes_),
-          made_(64 * double(bytes_)),
-          nestings_(10'000 + 2 * num_messages),
-          end_(processor_seconds() + 0.2 + 1e-4 * double(num_messages) + 2e-7 * double(bytes)),
-          look_(wall_seconds()),
-          stack_(reinterpret_cast<const char *>(this)),
-          outer_(current) {
-        current = this;
-    }
-    ~Limits() { current = outer_; }
-
-    static thread_local Limits * current;
-
-    const char * exceeded() const { return exceeded_; }
-
-    void step() {
-        check();
-        if (steps_-- == 0) stop("it runs too many statements");
-        time();
-        const char here = 0;
-        const auto depth = stack_ - &here;
-        if (size_t(depth < 0 ? -depth : depth) > DEEPEST_STACK) stop("it calls itself too deeply");
-    }
-
-    void time() {
-        if (wall_seconds() >= look_) {
-            const double left = end_ - processor_seconds();
-            if (left < 0) stop("it takes too long");
-            look_ = wall_seconds() + std::max(left, 0.001);
-        }
-    }
-
-    // A list or an object that is about to be kept, in `place` if that is one as well. Whatever walks
-    // through it later does so by recursion.
-    void keep(const value & kept, const value & place) {
-        if (!is_container(kept)) return;
-        check();
-        if (nestings_-- == 0) stop("it keeps too many lists and objects");
-        if (place && reaches(kept, place)) stop("it puts something into itself");
-    }
-
-    // A text or a list that is about to be made.
-    void size(double bytes) {
-        check();
-        if (bytes > double(bytes_)) stop("it makes a text or a list that is too long");
-    }
-
-    // A text or a list that was made, and may be kept.
-    void make(double bytes) {
-        size(bytes);
-        made_ -= bytes;
-        if (made_ < 0) stop("it makes too many texts or lists");
-    }
-
-    void items(double count) {
-        check();
-        if (count > double(MOST_ITEMS)) stop("it makes a list that is too long");
-    }
-
-    void output(size_t bytes) {
-        size(double(bytes));
-        if (bytes > total_) stop("it gives too much text");
-        total_ -= bytes;
-    }
-
-    void check() const {
-        if (exceeded_) throw std::runtime_error(exceeded_);
-    }
-
-private:
-    static bool is_container(const value & v) {
-        return jinja::is_val<jinja::value_array>(v) || jinja::is_val<jinja::value_object>(v);
-    }
-
-    bool reaches(const value & from, const value & to) {
-        if (from == to) return true;
-        if (!is_container(from)) return false;
-        time();
-        for (const value & item : from->val_arr) {
-            if (reaches(item, to)) return true;
-        }
-        for (const auto & [key, item] : from->val_obj) {
-            if (reaches(item, to)) return true;
-        }
-        return false;
-    }
-
-    [[noreturn]] void stop(const char * why) {
-        exceeded_ = why;
-        throw std::runtime_error(why);
-    }
-
-    size_t       steps_, bytes_, total_;
-    double       made_;
-    size_t       nestings_;
-    double       end_;   // on the processor's clock
-    double       look_;  // on the wall clock: when to look at the other one
-    const char * stack_;
-    Limits *     outer_;
-    const char * exceeded_ = nullptr;
+struct ta_chat {
+    common_chat_template   tmpl{"", "", ""};
+    autoparser::autoparser analysis;
+    bool                   add_bos = false;
+    bool                   add_eos = false;
 };
 
-thread_local Limits * Limits::current = nullptr;
-
-double length_of(const value & v) {
-    if (jinja::is_val<jinja::value_string>(v)) return double(v->val_str.length());
-    if (jinja::is_val<jinja::value_array>(v)) return double(v->as_array().size() * sizeof(value));
-    return 0;
-}
-
-const value & measured(const value & v) {
-    Limits::current->make(length_of(v));
-    return v;
-}
-
-// A value that has been computed already, in the place of the expression that it came from.
-struct Known : jinja::expression {
-    value known;
-    explicit Known(value v) : known(std::move(v)) {}
-    value execute_impl(context &) const override { return known; }
+struct ta_prompt {
+    Pieces                              pieces;
+    std::vector<std::string>            stops;
+    std::vector<std::string>            preserved;
+    std::string                         grammar;
+    std::string                         grammar_prefix;
+    bool                                grammar_is_lazy = false;
+    std::vector<common_grammar_trigger> triggers;
+    std::vector<std::string>            thinking;  // the tags around it, or nothing
+    bool                                is_thinking = false;
+    std::unique_ptr<ta_reader>          reader;
 };
 
-// A statement in the place of an expression.
-struct Block : jinja::expression {
-    statement_ptr inner;
-    explicit Block(statement_ptr && statement) : inner(std::move(statement)) {}
-    value execute_impl(context & ctx) const override { return inner->execute(ctx); }
-};
-
-statement_ptr known(value v) { return std::make_unique<Known>(std::move(v)); }
-
-// What a builtin that multiplies is about to make.
-void judge(const std::string & name, const value & input, std::vector<value> arguments) {
-    for (value & argument : arguments) {
-        if (auto * named = dynamic_cast<jinja::value_kwarg_t *>(argument.get())) argument = value(named->val);
-    }
-    double longest = 0;
-    for (const value & argument : arguments) longest = std::max(longest, length_of(argument));
-    if (name == "select" || name == "reject" || name == "selectattr" || name == "rejectattr") {
-        for (const value & test : arguments) {
-            const bool is_text = jinja::is_val<jinja::value_string>(test);
-            if (is_text && test->val_str.str() == "divisibleby") {
-                throw std::runtime_error("`divisibleby` is no test for a list");  // see Divisor
-            }
-        }
-    } else if (name == "append") {
-        for (const value & item : arguments) Limits::current->keep(item, input);
-    } else if (name == "replace" && arguments.size() >= 2) {
-        const double places = length_of(input) / std::max(1.0, length_of(arguments[0])) + 1;
-        Limits::current->size(places * length_of(arguments[1]));
-    } else if (name == "join" && jinja::is_val<jinja::value_array>(input)) {
-        Limits::current->size(double(input->as_array().size()) * longest);
-    } else if (name == "indent" || name == "tojson") {
-        for (const value & width : arguments) {
-            const bool is_number = jinja::is_val<jinja::value_int>(width);
-            if (is_number && width->as_int() > WIDEST_INDENT) Limits::current->size(INFINITY);
-        }
-        Limits::current->size(length_of(input) * longest);
-    } else if (name == "map" && !arguments.empty() && jinja::is_val<jinja::value_string>(arguments[0]) &&
-               jinja::is_val<jinja::value_array>(input)) {
-        const std::vector<value> rest(arguments.begin() + 1, arguments.end());
-        for (const value & item : input->as_array()) judge(arguments[0]->val_str.str(), item, rest);
-    }
-}
-
-struct LimitedStatement : jinja::statement {
-    statement_ptr inner;
-    explicit LimitedStatement(statement_ptr && statement) : inner(std::move(statement)) { pos = inner->pos; }
-    std::string type() const override { return inner->type(); }
-    void visit(context & ctx) const override { inner->visit(ctx); }
-    value execute_impl(context & ctx) const override {
-        Limits::current->step();
-        value result = inner->execute(ctx);
-        Limits::current->output(size_t(length_of(result)));
-        return result;
-    }
-};
-
-// What is assigned, and the object that it is assigned to a member of, if it is.
-struct LimitedAssignment : jinja::expression {
-    statement_ptr             inner;
-    const jinja::statement *  object;
-    LimitedAssignment(statement_ptr && expression, const jinja::statement * place)
-        : inner(std::move(expression)), object(place) {}
-    value execute_impl(context & ctx) const override {
-        value assigned = inner->execute(ctx);
-        Limits::current->keep(assigned, object ? object->execute(ctx) : nullptr);
-        return assigned;
-    }
-};
-
-// The engine divides integers without a look at the divisor, and the processor ends the process.
-struct Divisor : jinja::expression {
-    statement_ptr inner;
-    explicit Divisor(statement_ptr && expression) : inner(std::move(expression)) {}
-    value execute_impl(context & ctx) const override {
-        value divisor = inner->execute(ctx);
-        if (divisor->val_int == 0 || divisor->val_int == -1) throw std::runtime_error("a division by 0 or -1");
-        return divisor;
-    }
-};
-
-struct LimitedRange : jinja::identifier {
-    using identifier::identifier;
-    value execute_impl(context & ctx) const override {
-        value found = identifier::execute_impl(ctx);
-        const auto * function = dynamic_cast<const jinja::value_func_t *>(found.get());
-        if (!function) return found;
-        return jinja::mk_val<jinja::value_func>(function->name, [found](const jinja::func_args & args) {
-            double numbers[3] = {0, 0, 1};
-            for (size_t i = 0; i < std::min<size_t>(args.count(), 3); ++i) {
-                numbers[i] = args.get_pos(i)->as_float();
-            }
-            if (args.count() == 1) std::swap(numbers[0], numbers[1]);
-            for (double number : numbers) Limits::current->items(std::fabs(number) / 1e9);  // no overflow
-            if (numbers[2] != 0) Limits::current->items((numbers[1] - numbers[0]) / numbers[2]);
-            return found->invoke(args);
-        });
-    }
-};
-
-struct LimitedBinary : jinja::binary_expression {
-    using binary_expression::binary_expression;
-    value execute_impl(context & ctx) const override {
-        if (op.value != "*") return measured(binary_expression::execute_impl(ctx));
-        value a = left->execute(ctx), b = right->execute(ctx);
-        if (jinja::is_val<jinja::value_string>(b)) std::swap(a, b);
-        if (jinja::is_val<jinja::value_string>(a) && jinja::is_val<jinja::value_int>(b)) {
-            const double each = length_of(a) + sizeof(jinja::string_part);
-            Limits::current->size(each * double(b->as_int()));
-        }
-        return binary_expression(op, known(a), known(b)).execute_impl(ctx);
-    }
-};
-
-struct LimitedFilter : jinja::filter_expression {
-    using filter_expression::filter_expression;
-    value execute_impl(context & ctx) const override {
-        const auto * call = dynamic_cast<const jinja::call_expression *>(filter.get());
-        const auto * name = call ? dynamic_cast<const jinja::identifier *>(call->callee.get()) : nullptr;
-        if (!name) return measured(filter_expression::execute_impl(ctx));
-        Limits::current->step();
-        value input = operand->execute(ctx);
-        std::vector<value> arguments;
-        jinja::statements  again;
-        for (const statement_ptr & argument : call->args) {
-            arguments.push_back(argument->execute(ctx));
-            again.push_back(known(arguments.back()));
-        }
-        judge(name->val, input, arguments);
-        auto callee = std::make_unique<jinja::identifier>(name->val);
-        auto filter_call = std::make_unique<jinja::call_expression>(std::move(callee), std::move(again));
-        return measured(filter_expression(known(input), std::move(filter_call)).execute_impl(ctx));
-    }
-};
-
-struct LimitedCall : jinja::call_expression {
-    using call_expression::call_expression;
-    value execute_impl(context & ctx) const override {
-        Limits::current->step();  // macros can call each other in their defaults alone
-        std::vector<value> arguments;
-        jinja::statements  again;
-        for (const statement_ptr & argument : args) {
-            arguments.push_back(argument->execute(ctx));
-            again.push_back(known(arguments.back()));
-        }
-        value function = callee->execute(ctx);
-        if (const auto * builtin = dynamic_cast<const jinja::value_func_t *>(function.get())) {
-            judge(builtin->name, builtin->arg0, arguments);
-        }
-        return measured(call_expression(known(function), std::move(again)).execute_impl(ctx));
-    }
-};
-
-// Walks a tree once and puts limits into it.
-class Limiter {
-public:
-    void body(jinja::statements & statements) {
-        for (statement_ptr & statement : statements) {
-            node(statement);
-            statement = std::make_unique<LimitedStatement>(std::move(statement));
-        }
-    }
-
-private:
-    int depth_ = 0;
-
-    void nodes(jinja::statements & many) {
-        for (statement_ptr & one : many) node(one);
-    }
-
-    template <class T>
-    static T * as(statement_ptr & at) { return dynamic_cast<T *>(at.get()); }
-
-    template <class Limited, class... Parts>
-    static void replace(statement_ptr & at, Parts &&... parts) {
-        const size_t pos = at->pos;
-        auto limited = std::make_unique<Limited>(std::forward<Parts>(parts)...);
-        limited->pos = pos;
-        at = std::move(limited);
-    }
-
-    void node(statement_ptr & at) {
-        if (!at) return;
-        if (++depth_ > DEEPEST_TREE) throw std::runtime_error("it is nested too deeply");
-        inside(at);
-        --depth_;
-    }
-
-    void inside(statement_ptr & at) {
-        if (auto * x = as<jinja::if_statement>(at)) {
-            node(x->test), body(x->body), body(x->alternate);
-        } else if (auto * x = as<jinja::for_statement>(at)) {
-            if (x->body.empty()) x->body.push_back(std::make_unique<jinja::noop_statement>());
-            node(x->iterable), body(x->body), body(x->default_block);
-        } else if (auto * x = as<jinja::set_statement>(at)) {
-            node(x->assignee), node(x->val), body(x->body);
-            const auto * member = as<jinja::member_expression>(x->assignee);
-            if (x->val) replace<LimitedAssignment>(x->val, std::move(x->val), member ? member->object.get() : nullptr);
-        } else if (auto * x = as<jinja::macro_statement>(at)) {
-            nodes(x->args), body(x->body);
-        } else if (auto * x = as<jinja::call_statement>(at)) {
-            node(x->call), nodes(x->caller_args), body(x->body);
-        } else if (auto * x = as<jinja::filter_statement>(at)) {
-            // The same as an expression: the block's text, filtered.
-            auto always = known(jinja::mk_val<jinja::value_bool>(true));
-            auto block  = std::make_unique<jinja::if_statement>(std::move(always), std::move(x->body),
-                                                               jinja::statements());
-            replace<jinja::filter_expression>(at, std::make_unique<Block>(std::move(block)),
-                                              std::move(x->filter));
-            inside(at);
-        } else if (auto * x = as<Block>(at)) {
-            node(x->inner);
-        } else if (auto * x = as<jinja::member_expression>(at)) {
-            const auto * name = as<jinja::identifier>(x->property);
-            if (!x->computed && name && name->val.rfind("__", 0) == 0) {
-                throw std::runtime_error("it asks for the attribute `" + name->val + "`");
-            }
-            node(x->object);
-            if (x->computed) node(x->property);
-        } else if (auto * x = as<jinja::slice_expression>(at)) {
-            node(x->start_expr), node(x->stop_expr), node(x->step_expr);
-        } else if (auto * x = as<jinja::array_literal>(at)) {
-            nodes(x->val);
-        } else if (auto * x = as<jinja::tuple_literal>(at)) {
-            nodes(x->val);
-        } else if (auto * x = as<jinja::object_literal>(at)) {
-            for (auto & [key, val] : x->val) node(key), node(val);
-        } else if (auto * x = as<jinja::select_expression>(at)) {
-            node(x->lhs), node(x->test);
-        } else if (auto * x = as<jinja::test_expression>(at)) {
-            node(x->operand), node(x->test);
-            auto * call = as<jinja::call_expression>(x->test);
-            const auto * name = call ? as<jinja::identifier>(call->callee) : nullptr;
-            if (name && name->val == "divisibleby") {
-                for (statement_ptr & argument : call->args) {
-                    replace<Divisor>(argument, std::move(argument));
-                }
-            }
-        } else if (auto * x = as<jinja::unary_expression>(at)) {
-            node(x->argument);
-        } else if (auto * x = as<jinja::keyword_argument_expression>(at)) {
-            node(x->val);
-        } else if (auto * x = as<jinja::spread_expression>(at)) {
-            node(x->argument);
-        } else if (auto * x = as<jinja::ternary_expression>(at)) {
-            node(x->condition), node(x->true_expr), node(x->false_expr);
-        } else if (auto * x = as<jinja::binary_expression>(at)) {
-            node(x->left), node(x->right);
-            replace<LimitedBinary>(at, x->op, std::move(x->left), std::move(x->right));
-        } else if (auto * x = as<jinja::filter_expression>(at)) {
-            node(x->operand), node(x->filter);
-            replace<LimitedFilter>(at, std::move(x->operand), std::move(x->filter));
-        } else if (auto * x = as<jinja::call_expression>(at)) {
-            node(x->callee), nodes(x->args);
-            replace<LimitedCall>(at, std::move(x->callee), std::move(x->args));
-        } else if (auto * x = as<jinja::identifier>(at)) {
-            if (x->val.rfind("test_is_", 0) == 0) {
-                throw std::runtime_error("it asks for the function `" + x->val + "`");
-            }
-            if (x->val == "range") replace<LimitedRange>(at, std::string(x->val));
-        }
-    }
-};
-
-jinja::program limited(const jinja::lexer_result & lexed) {
-    size_t length = 0;
-    for (const jinja::token & token : lexed.tokens) {
-        const bool is_new = token.t == jinja::token::open_statement || token.t == jinja::token::open_expression;
-        length = is_new ? 0 : length + 1;
-        if (length > MOST_TOKENS_OF_A_TAG) {
-            throw std::runtime_error("one of its tags is too long");
-        }
-    }
-    jinja::program program = jinja::parse_from_tokens(lexed);
-    Limiter().body(program.body);
-    return program;
-}
+namespace {
 
 // As common_chat_templates_init does.
 std::string patched(std::string source) {
@@ -519,13 +118,50 @@ std::string today(const char * format) {
     return text;
 }
 
-// A part of the prompt, and whether it came from a message.
-struct Piece {
-    std::string text;
-    bool        is_input;
+// The runs of a template in this thread, from when it was made.
+struct Recording {
+    static thread_local Recording * current;
+
+    std::vector<Pieces> runs;
+
+    Recording() { current = this; }
+    ~Recording() { current = nullptr; }
 };
 
-void cut_front(std::vector<Piece> & pieces, size_t bytes) {
+thread_local Recording * Recording::current = nullptr;
+
+// llama.cpp marks everything that it gives to a template as input. A role is a word and no text of a
+// user: templates write `'<|' + role + '|>'`.
+void mark_inputs(jinja::context & ctx) {
+    for (const char * name : {"bos_token", "eos_token"}) mark(ctx.get_val(name), false);
+    for (const char * name : {"messages", "tools"}) mark(ctx.get_val(name), true);
+    const value messages = ctx.get_val("messages");
+    value       none     = jinja::mk_val<jinja::value_none>();
+    for (const value & message : messages->val_arr) mark(message->at(std::string("role"), none), false);
+}
+
+// A whole template as one statement.
+struct Recorded : jinja::statement {
+    jinja::program program;
+    explicit Recorded(jinja::program && all) : program(std::move(all)) { pos = 0; }
+    value execute_impl(jinja::context & ctx) const override {
+        if (Recording::current) mark_inputs(ctx);
+        const auto text = jinja::runtime::gather_string_parts(jinja::runtime(ctx).execute(program));
+        if (Recording::current) {
+            Pieces & run = Recording::current->runs.emplace_back();
+            for (const auto & part : text->val_str.parts) run.push_back({part.val, part.is_input});
+        }
+        return text;
+    }
+};
+
+jinja::program recorded(jinja::program && program) {
+    jinja::program whole;
+    whole.body.push_back(std::make_unique<Recorded>(std::move(program)));
+    return whole;
+}
+
+void cut_front(Pieces & pieces, size_t bytes) {
     for (Piece & piece : pieces) {
         const size_t cut = std::min(bytes, piece.text.size());
         piece.text.erase(0, cut);
@@ -533,7 +169,7 @@ void cut_front(std::vector<Piece> & pieces, size_t bytes) {
     }
 }
 
-void cut_back(std::vector<Piece> & pieces, size_t bytes) {
+void cut_back(Pieces & pieces, size_t bytes) {
     for (auto piece = pieces.rbegin(); piece != pieces.rend(); ++piece) {
         const size_t cut = std::min(bytes, piece->text.size());
         piece->text.resize(piece->text.size() - cut);
@@ -541,51 +177,87 @@ void cut_back(std::vector<Piece> & pieces, size_t bytes) {
     }
 }
 
-std::string joined(const std::vector<Piece> & pieces) {
+std::string joined(const Pieces & pieces) {
     std::string text;
     for (const Piece & piece : pieces) text += piece.text;
     return text;
 }
 
-// Finds what users wrote in a prompt that was made some other way than by the template alone.
-std::vector<Piece> searched(const std::string & prompt, const std::vector<common_chat_msg> & messages) {
-    std::vector<Piece> pieces;
-    size_t             end = 0;
-    for (const common_chat_msg & message : messages) {
-        for (std::string said : {message.content, string_strip(message.content)}) {
-            const size_t found = said.empty() ? std::string::npos : prompt.find(said, end);
-            if (found == std::string::npos) continue;
-            pieces.push_back({prompt.substr(end, found - end), false});
-            pieces.push_back({said, true});
-            end = found + said.size();
-            break;
-        }
+// What stands before a message of the assistant that goes on, and that message.
+void append_continued(Pieces & pieces, const std::string & tail, const common_chat_msg & message) {
+    size_t end = 0;
+    for (const std::string & said : {message.reasoning_content, message.render_content()}) {
+        const size_t found = said.empty() ? std::string::npos : tail.find(said, end);
+        if (found == std::string::npos) continue;
+        pieces.push_back({tail.substr(end, found - end), false});
+        pieces.push_back({said, true});
+        end = found + said.size();
     }
-    pieces.push_back({prompt.substr(end), false});
+    pieces.push_back({tail.substr(end), false});
+}
+
+// The pieces of a prompt that is a run of the template, but for one place that llama.cpp changed.
+Pieces changed(const Pieces & run, const std::string & prompt) {
+    const std::string text = joined(run);
+    const size_t      most = std::min(text.size(), prompt.size());
+    size_t            same = 0, end = 0;
+    while (same < most && text[same] == prompt[same]) ++same;
+    while (end < most - same && text[text.size() - 1 - end] == prompt[prompt.size() - 1 - end]) ++end;
+    Pieces pieces = run, after = run;
+    cut_back(pieces, text.size() - same);
+    cut_front(after, text.size() - end);
+    pieces.push_back({prompt.substr(same, prompt.size() - end - same), false});
+    pieces.insert(pieces.end(), after.begin(), after.end());
     return pieces;
 }
 
-}  // namespace
+Pieces pieces_of(const ta_chat & chat, const Recording & recording, const common_chat_params & made,
+                 const generation_params & params) {
+    if (recording.runs.empty()) throw std::runtime_error("it was not run");
+    Pieces            pieces = recording.runs[0];
+    const std::string text   = joined(pieces);
+    if (chat.add_bos && string_starts_with(text, chat.tmpl.bos_token())) {
+        cut_front(pieces, chat.tmpl.bos_token().size());
+    }
+    if (chat.add_eos && string_ends_with(text, chat.tmpl.eos_token())) {
+        cut_back(pieces, chat.tmpl.eos_token().size());
+    }
+    const std::string tail = params.has_continuation() ? made.generation_prompt : "";
+    const std::string head = made.prompt.substr(0, made.prompt.size() - std::min(tail.size(), made.prompt.size()));
+    if (joined(pieces) != head) pieces = changed(pieces, head);
+    if (!tail.empty()) append_continued(pieces, tail, params.continue_msg);
+    return pieces;
+}
 
-struct ta_chat {
-    common_chat_template   tmpl{"", "", ""};
-    autoparser::autoparser analysis;
-    bool                   add_bos = false;
-    bool                   add_eos = false;
-};
+// What follows is what common_chat_templates_apply does, which takes its own templates only.
 
-struct ta_prompt {
-    std::vector<Piece>       pieces;
-    std::vector<std::string> stops;
-};
+void join_system(common_json & list, const std::vector<common_chat_msg> & messages) {
+    if (list.size() > 1) {  // said with the first turn, where templates know no system
+        list[1]["content"] = messages[0].render_content("\n") + "\n" + messages[1].render_content("\n");
+    }
+    list.erase(0);
+}
 
-namespace {
+// What is no JSON stays a text: it is a model's, and the conversation has to go on.
+void parse_arguments(common_json & message) {
+    if (!message.contains("tool_calls")) return;
+    for (auto & call : message["tool_calls"]) {
+        const auto parsed = common_json::parse_no_throw(call["function"]["arguments"].get<std::string>());
+        if (!parsed.is_discarded()) call["function"]["arguments"] = parsed;
+    }
+}
 
-// The messages as the template wants them, as common_chat_templates_apply prepares them.
-common_json prepared(const common_chat_template & tmpl, const std::vector<common_chat_msg> & messages) {
+common_json prepared(const common_chat_template & tmpl, std::vector<common_chat_msg> messages) {
     const jinja::caps caps       = tmpl.original_caps();
     const bool        only_typed = !caps.supports_string_content && caps.supports_typed_content;
     const bool        only_text  = caps.supports_string_content && !caps.supports_typed_content;
+    if (tmpl.source().find("You have access to the following functions in JSONSchema format") != std::string::npos) {
+        for (common_chat_msg & message : messages) {
+            message.content           = trim_whitespace(message.content);
+            message.reasoning_content = trim_whitespace(message.reasoning_content);
+            for (auto & part : message.content_parts) part.text = trim_whitespace(part.text);
+        }
+    }
     common_json list = common_chat_msgs_to_json_oaicompat(messages, only_text);
     for (auto & message : list) {
         if (message["role"] == "developer" && tmpl.source().find("<|channel|>") == std::string::npos) {
@@ -595,51 +267,157 @@ common_json prepared(const common_chat_template & tmpl, const std::vector<common
             const std::string text = message["content"].get<std::string>();
             message["content"] = common_json::array({common_json{{"type", "text"}, {"text", text}}});
         }
+        if (caps.supports_object_arguments) parse_arguments(message);
     }
     const bool has_system = !messages.empty() && list[0]["role"] == "system";
-    if (has_system && !caps.supports_system_role) {
-        if (list.size() > 1) {  // said with the first turn, where templates know no system
-            list[1]["content"] = messages[0].content + "\n" + messages[1].content;
-        }
-        list.erase(0);
-    }
+    if (has_system && !caps.supports_system_role) join_system(list, messages);
     return list;
 }
 
-// As common_chat_template_direct_apply, and with a mark on what came from messages. A role is a
-// word and no text of a user: templates write `'<|' + role + '|>'`.
-std::vector<Piece> rendered(const ta_chat & chat, const autoparser::generation_params & params) {
-    context ctx(chat.tmpl.source());
-    jinja::global_from_json(ctx, common_json{{"messages", params.messages}}, true);
-    const value messages = ctx.get_val("messages");
-    for (const value & message : messages->as_array()) {
-        for (auto & part : message->at("role")->val_str.parts) part.is_input = false;
+generation_params params_of(const ta_chat & chat, const ta_chat_options & options,
+                            std::vector<common_chat_msg> messages, bool add_generation_prompt) {
+    generation_params params;
+    params.tools                 = common_chat_tools_to_json_oaicompat(options.tools);
+    params.tool_choice           = options.tool_choice;
+    params.parallel_tool_calls   = options.parallel_tool_calls.value_or(chat.tmpl.caps.supports_parallel_tool_calls);
+    params.reasoning_format      = options.reasoning_format;
+    params.enable_thinking       = options.enable_thinking;
+    params.add_generation_prompt = add_generation_prompt;
+    params.add_bos               = chat.add_bos;
+    params.add_eos               = chat.add_eos;
+    params.extra_context = common_json{{"datetime", today("%b %d %Y")}, {"date_string", today("%d %b %Y")}};
+    for (auto given = options.kwargs.begin(); given != options.kwargs.end(); ++given) {
+        params.extra_context[given.key()] = given.value();
     }
-    common_json settings = params.extra_context;
-    settings["bos_token"]       = chat.tmpl.bos_token();
-    settings["eos_token"]       = chat.tmpl.eos_token();
-    settings["enable_thinking"] = params.enable_thinking;
-    if (params.add_generation_prompt) settings["add_generation_prompt"] = true;
-    jinja::global_from_json(ctx, settings, false);
+    if (options.continue_final_message && !messages.empty()) {
+        params.add_generation_prompt = false;
+        params.continue_msg          = messages.back();
+        messages.pop_back();
+        const common_chat_msg & said = params.continue_msg;
+        const bool thinks = !said.reasoning_content.empty() && said.content.empty() && said.content_parts.empty();
+        params.continue_final_message =
+            thinks ? COMMON_CHAT_CONTINUATION_REASONING : COMMON_CHAT_CONTINUATION_CONTENT;
+    }
+    params.messages = prepared(chat.tmpl, std::move(messages));
+    return params;
+}
 
-    const auto results = jinja::runtime(ctx).execute(chat.tmpl.prog);
-    const auto output  = jinja::runtime::gather_string_parts(results);
-    std::vector<Piece> pieces;
-    for (const auto & part : output->val_str.parts) {
-        pieces.push_back({part.val, part.is_input});
+void check_tools(const ta_chat & chat, bool required) {
+    const jinja::caps & caps = chat.tmpl.caps;
+    if (!caps.supports_tools && !caps.supports_tool_calls) throw std::runtime_error("it knows no tools");
+    const bool calls = chat.analysis.analysis_complete && caps.supports_tool_calls &&
+                       chat.analysis.tools.format.mode != autoparser::tool_format::NONE;
+    if (required && !calls) throw std::runtime_error("it does not show how a tool is called");
+}
+
+common_chat_params made_by(const ta_chat & chat, generation_params & params) {
+    if (auto special = common_chat_try_specialized_template(chat.tmpl, chat.tmpl.source(), params)) {
+        return *special;
     }
-    const std::string text = joined(pieces);
-    if (chat.add_bos && string_starts_with(text, chat.tmpl.bos_token())) {
-        cut_front(pieces, chat.tmpl.bos_token().size());
+    const auto & analysis  = chat.analysis;
+    const bool   has_tools = params.tools.is_array() && params.tool_choice != COMMON_CHAT_TOOL_CHOICE_NONE;
+    if (has_tools) check_tools(chat, params.tool_choice == COMMON_CHAT_TOOL_CHOICE_REQUIRED);
+    const bool thinks = analysis.reasoning.mode != autoparser::reasoning_mode::NONE;
+    const bool is_plain = !thinks && !has_tools && !analysis.content.is_always_wrapped();
+    if (!params.has_continuation() && (is_plain || !analysis.analysis_complete)) {
+        common_chat_params made;  // without a parser: an answer is content and nothing else
+        made.prompt           = common_chat_template_direct_apply(chat.tmpl, params);
+        made.additional_stops = analysis.additional_stops;
+        return made;
     }
-    if (chat.add_eos && string_ends_with(text, chat.tmpl.eos_token())) {
-        cut_back(pieces, chat.tmpl.eos_token().size());
+    auto made = autoparser::peg_generator::generate_parser(chat.tmpl, params, analysis);
+    if (thinks) {
+        made.thinking_start_tag = analysis.reasoning.start;
+        made.thinking_end_tags  = {analysis.reasoning.end};
     }
-    return pieces;
+    return made;
+}
+
+// Whether a text ends between the tags.
+bool ends_inside(const std::string & text, const std::string & start, const std::string & end) {
+    const size_t begun = start.empty() ? 0 : text.rfind(start);
+    return begun != std::string::npos && text.find(end, begun + start.size()) == std::string::npos;
+}
+
+// Repetitions of more than the grammar's parser takes have no end, as in llama.cpp's own schemas.
+std::string bounded(const std::string & grammar) {
+    std::string result;
+    char        quote = 0;
+    for (size_t at = 0; at < grammar.size(); ++at) {
+        const char c = grammar[at];
+        const size_t comma = c == '{' && !quote ? grammar.find_first_not_of("0123456789", at + 1) : std::string::npos;
+        const size_t close = comma != std::string::npos && grammar[comma] == ','
+                                 ? grammar.find_first_not_of("0123456789", comma + 1) : std::string::npos;
+        if (close != std::string::npos && close > comma + 1 && grammar[close] == '}' &&
+            (close - comma > 10 || std::stol(grammar.substr(comma + 1, close - comma - 1)) > MOST_REPEATS)) {
+            result += grammar.substr(at, comma + 1 - at) + "}";
+            at = close;
+            continue;
+        }
+        result += c;
+        if (quote && c == '\\' && at + 1 < grammar.size()) {
+            result += grammar[++at];
+        } else if (quote) {
+            if (c == quote) quote = 0;
+        } else if (c == '"' || c == '[') {
+            quote = c == '[' ? ']' : '"';
+        }
+    }
+    return result;
+}
+
+std::unique_ptr<ta_prompt> written(const ta_chat & chat, generation_params params) {
+    Recording  recording;
+    const auto made   = made_by(chat, params);
+    auto       prompt = std::make_unique<ta_prompt>();
+    prompt->pieces    = pieces_of(chat, recording, made, params);
+    prompt->stops     = made.additional_stops;
+    prompt->preserved = made.preserved_tokens;
+    prompt->grammar   = bounded(made.grammar);
+    prompt->grammar_is_lazy = made.grammar_lazy;
+    if (!made.grammar_lazy) prompt->grammar_prefix = made.generation_prompt;
+    if (made.grammar_lazy) prompt->triggers = made.grammar_triggers;
+    if (!made.thinking_end_tags.empty()) {
+        prompt->thinking    = {trim_whitespace(made.thinking_start_tag), trim_whitespace(made.thinking_end_tags[0])};
+        prompt->is_thinking = ends_inside(made.generation_prompt, prompt->thinking[0], prompt->thinking[1]);
+    }
+    if (!made.parser.empty()) {
+        prompt->reader            = std::make_unique<ta_reader>();
+        prompt->reader->format    = made.format;
+        prompt->reader->beginning = made.generation_prompt;
+        prompt->reader->saved     = made.parser;
+    }
+    return prompt;
 }
 
 std::string text_of(const llama_vocab * vocab, llama_token token) {
     return token == LLAMA_TOKEN_NULL ? std::string() : common_token_to_piece(vocab, token, true);
+}
+
+const std::string * at(const std::vector<std::string> & texts, size_t index) {
+    return index < texts.size() ? &texts[index] : nullptr;
+}
+
+const std::string * trigger_at(const ta_prompt & prompt, common_grammar_trigger_type type, size_t index) {
+    for (const common_grammar_trigger & trigger : prompt.triggers) {
+        if (trigger.type == type && index-- == 0) return &trigger.value;
+    }
+    return nullptr;
+}
+
+const std::string * text_of(const ta_prompt & prompt, int what, size_t index) {
+    const bool has_grammar = !prompt.grammar.empty() && index == 0;
+    switch (what) {
+        case TA_PROMPT_STOP: return at(prompt.stops, index);
+        case TA_PROMPT_PRESERVED: return at(prompt.preserved, index);
+        case TA_PROMPT_THINKING: return at(prompt.thinking, index);
+        case TA_PROMPT_GRAMMAR: return has_grammar ? &prompt.grammar : nullptr;
+        case TA_PROMPT_GRAMMAR_PREFIX: return has_grammar ? &prompt.grammar_prefix : nullptr;
+        case TA_PROMPT_TRIGGER_WORD: return trigger_at(prompt, COMMON_GRAMMAR_TRIGGER_TYPE_WORD, index);
+        case TA_PROMPT_TRIGGER_PATTERN: return trigger_at(prompt, COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN, index);
+        case TA_PROMPT_TRIGGER_PATTERN_FULL: return trigger_at(prompt, COMMON_GRAMMAR_TRIGGER_TYPE_PATTERN_FULL, index);
+        default: return nullptr;
+    }
 }
 
 }  // namespace
@@ -660,7 +438,7 @@ int ta_chat_new(const llama_model * model, const char * source, size_t length, t
             chat->tmpl.eos_tok = text_of(vocab, llama_vocab_eos(vocab));
             const auto lexed   = jinja::lexer().tokenize(patched(std::string(source, length)));
             chat->tmpl.src     = lexed.source;
-            chat->tmpl.prog    = limited(lexed);
+            chat->tmpl.prog    = recorded(limited(lexed));
             chat->tmpl.caps    = jinja::caps_get(chat->tmpl.prog);
             limits.check();
             try {
@@ -676,8 +454,8 @@ int ta_chat_new(const llama_model * model, const char * source, size_t length, t
 
 void ta_chat_free(ta_chat * chat) noexcept { delete chat; }
 
-int ta_chat_apply(const ta_chat * chat, const char * messages, size_t length, bool add_generation_prompt,
-                  ta_prompt ** out, ta_error * error) noexcept {
+int ta_chat_apply(const ta_chat * chat, const ta_chat_options * options, const char * messages, size_t length,
+                  bool add_generation_prompt, ta_prompt ** out, ta_error * error) noexcept {
     return ta_guard(error, [&] {
         std::vector<common_chat_msg> list;
         const int status = judge_template(Limits(), error, [&] {
@@ -685,27 +463,11 @@ int ta_chat_apply(const ta_chat * chat, const char * messages, size_t length, bo
             return int(TA_OK);
         });
         if (status != TA_OK) return status;
-        Limits limits(list.size(), length);
+        size_t bytes = length;
+        for (const common_chat_tool & tool : options->tools) bytes += tool.description.size() + tool.parameters.size();
+        Limits limits(MOST_RUNS * list.size(), MOST_RUNS * bytes);
         return judge_template(limits, error, [&] {
-            autoparser::generation_params params;
-            params.messages              = prepared(chat->tmpl, list);
-            params.add_generation_prompt = add_generation_prompt;
-            params.reasoning_format      = COMMON_REASONING_FORMAT_NONE;
-            params.add_bos               = chat->add_bos;
-            params.add_eos               = chat->add_eos;
-            params.extra_context         = common_json{{"datetime", today("%b %d %Y")}, {"date_string", today("%d %b %Y")}};
-
-            auto prompt    = std::make_unique<ta_prompt>();
-            prompt->stops  = chat->analysis.additional_stops;
-            prompt->pieces = rendered(*chat, params);
-            // Some families have their messages rewritten by llama.cpp; then its text is the truth.
-            if (auto special = common_chat_try_specialized_template(chat->tmpl, chat->tmpl.source(), params)) {
-                prompt->stops = special->additional_stops;
-                if (special->prompt != joined(prompt->pieces)) {
-                    prompt->pieces = searched(special->prompt, list);
-                }
-            }
-            *out = prompt.release();
+            *out = written(*chat, params_of(*chat, *options, std::move(list), add_generation_prompt)).release();
             return int(TA_OK);
         });
     });
@@ -720,11 +482,18 @@ bool ta_prompt_piece(const ta_prompt * prompt, size_t index, const char ** text,
     return true;
 }
 
-bool ta_prompt_stop(const ta_prompt * prompt, size_t index, const char ** text, size_t * length) noexcept {
-    if (index >= prompt->stops.size()) return false;
-    *text   = prompt->stops[index].data();
-    *length = prompt->stops[index].size();
+bool ta_prompt_text(const ta_prompt * prompt, int what, size_t index, const char ** text, size_t * length) noexcept {
+    const std::string * found = text_of(*prompt, what, index);
+    if (!found) return false;
+    *text   = found->data();
+    *length = found->size();
     return true;
 }
+
+bool ta_prompt_grammar_is_lazy(const ta_prompt * prompt) noexcept { return prompt->grammar_is_lazy; }
+
+bool ta_prompt_is_thinking(const ta_prompt * prompt) noexcept { return prompt->is_thinking; }
+
+ta_reader * ta_prompt_take_reader(ta_prompt * prompt) noexcept { return prompt->reader.release(); }
 
 void ta_prompt_free(ta_prompt * prompt) noexcept { delete prompt; }

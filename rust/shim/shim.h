@@ -127,16 +127,65 @@ int  ta_chat_new(const struct llama_model * model, const char * source, size_t l
                  ta_error * error) TA_NOEXCEPT;
 void ta_chat_free(ta_chat * chat) TA_NOEXCEPT;
 
+// How conversations are written out: JSON text of an object with `tools`, `tool_choice`,
+// `parallel_tool_calls`, `enable_thinking`, `reasoning_format`, `chat_template_kwargs` and
+// `continue_final_message`, each as llama-server has it, and none of them needed. TA_REFUSED: the
+// message says what was given that it must not be. Calls recurse over the JSON.
+typedef struct ta_chat_options ta_chat_options;
+int  ta_chat_options_new(const char * json, size_t length, ta_chat_options ** out,
+                         ta_error * error) TA_NOEXCEPT;
+void ta_chat_options_free(ta_chat_options * options) TA_NOEXCEPT;
+bool ta_chat_options_have_tools(const ta_chat_options * options) TA_NOEXCEPT;
+
 // A conversation as a prompt. `messages` is the JSON text of a list of messages as OpenAI has them.
 typedef struct ta_prompt ta_prompt;
-int  ta_chat_apply(const ta_chat * chat, const char * messages, size_t length,
-                   bool add_generation_prompt, ta_prompt ** out, ta_error * error) TA_NOEXCEPT;
+int  ta_chat_apply(const ta_chat * chat, const ta_chat_options * options, const char * messages,
+                   size_t length, bool add_generation_prompt, ta_prompt ** out,
+                   ta_error * error) TA_NOEXCEPT;
 void ta_prompt_free(ta_prompt * prompt) TA_NOEXCEPT;
-// The pieces of the prompt in order, and whether they came from messages or from the template; and
-// the strings that end an answer. False behind the last one. The text lives as long as the prompt.
+// The pieces of the prompt in order, and whether they came from messages or from the template. False
+// behind the last one, here and below. Texts live as long as the prompt.
 bool ta_prompt_piece(const ta_prompt * prompt, size_t index, const char ** text, size_t * length,
                      bool * is_input) TA_NOEXCEPT;
-bool ta_prompt_stop(const ta_prompt * prompt, size_t index, const char ** text,
+
+// What else there is to know of a prompt.
+enum {
+    TA_PROMPT_STOP,            // strings that end an answer
+    TA_PROMPT_PRESERVED,       // control tokens that are part of the answer's text
+    TA_PROMPT_THINKING,        // the tags before and behind what the model thinks: two or none
+    TA_PROMPT_GRAMMAR,         // GBNF: one or none
+    TA_PROMPT_GRAMMAR_PREFIX,  // what of the grammar's text stands in the prompt already
+    TA_PROMPT_TRIGGER_WORD,    // what a lazy grammar waits for
+    TA_PROMPT_TRIGGER_PATTERN,
+    TA_PROMPT_TRIGGER_PATTERN_FULL,
+};
+bool ta_prompt_text(const ta_prompt * prompt, int what, size_t index, const char ** text,
+                    size_t * length) TA_NOEXCEPT;
+bool ta_prompt_grammar_is_lazy(const ta_prompt * prompt) TA_NOEXCEPT;
+bool ta_prompt_is_thinking(const ta_prompt * prompt) TA_NOEXCEPT;  // it ends between the tags
+
+// What reads the answers to a prompt; the caller has it from then on. NULL: an answer is content and
+// nothing else. Any thread may use it.
+typedef struct ta_reader ta_reader;
+ta_reader * ta_prompt_take_reader(ta_prompt * prompt) TA_NOEXCEPT;
+void        ta_reader_free(ta_reader * reader) TA_NOEXCEPT;
+
+// An answer, or the beginning of one. TA_REFUSED: it is not what the template wants, and complete.
+// It recurses where the answer is nested.
+typedef struct ta_answer ta_answer;
+int  ta_reader_read(const ta_reader * reader, const char * text, size_t length, bool is_partial,
+                    ta_answer ** out, ta_error * error) TA_NOEXCEPT;
+void ta_answer_free(ta_answer * answer) TA_NOEXCEPT;
+// False: it could go on, or it ends in the middle of something.
+bool ta_answer_is_whole(const ta_answer * answer) TA_NOEXCEPT;
+enum {
+    TA_ANSWER_CONTENT,  // one each
+    TA_ANSWER_REASONING,
+    TA_ANSWER_CALL_ID,  // one for each tool call
+    TA_ANSWER_CALL_NAME,
+    TA_ANSWER_CALL_ARGUMENTS,
+};
+bool ta_answer_text(const ta_answer * answer, int what, size_t index, const char ** text,
                     size_t * length) TA_NOEXCEPT;
 
 int ta_backend_load(const char * path, ta_error * error) TA_NOEXCEPT;

@@ -12,6 +12,21 @@ pub(crate) const DECODE_REFUSED: c_int = -1;
 pub(crate) const DECODE_NO_ROOM: c_int = 1;
 pub(crate) const DECODE_ABORTED: c_int = 2;
 
+/// What else there is to know of a prompt, and the parts of an answer.
+pub(crate) const PROMPT_STOP: c_int = 0;
+pub(crate) const PROMPT_PRESERVED: c_int = 1;
+pub(crate) const PROMPT_THINKING: c_int = 2;
+pub(crate) const PROMPT_GRAMMAR: c_int = 3;
+pub(crate) const PROMPT_GRAMMAR_PREFIX: c_int = 4;
+pub(crate) const PROMPT_TRIGGER_WORD: c_int = 5;
+pub(crate) const PROMPT_TRIGGER_PATTERN: c_int = 6;
+pub(crate) const PROMPT_TRIGGER_PATTERN_FULL: c_int = 7;
+pub(crate) const ANSWER_CONTENT: c_int = 0;
+pub(crate) const ANSWER_REASONING: c_int = 1;
+pub(crate) const ANSWER_CALL_ID: c_int = 2;
+pub(crate) const ANSWER_CALL_NAME: c_int = 3;
+pub(crate) const ANSWER_CALL_ARGUMENTS: c_int = 4;
+
 const THROWN: c_int = -100;
 const NO_MEMORY: c_int = -101;
 const REFUSED: c_int = -102;
@@ -33,6 +48,21 @@ pub(crate) struct ShimChat {
 
 #[repr(C)]
 pub(crate) struct ShimPrompt {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
+pub(crate) struct ShimChatOptions {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
+pub(crate) struct ShimReader {
+    _opaque: [u8; 0],
+}
+
+#[repr(C)]
+pub(crate) struct ShimAnswer {
     _opaque: [u8; 0],
 }
 
@@ -187,8 +217,17 @@ unsafe extern "C" {
         error: *mut ShimError,
     ) -> c_int;
     pub(crate) fn ta_chat_free(chat: *mut ShimChat);
+    pub(crate) fn ta_chat_options_new(
+        json: *const c_char,
+        length: usize,
+        out: *mut *mut ShimChatOptions,
+        error: *mut ShimError,
+    ) -> c_int;
+    pub(crate) fn ta_chat_options_free(options: *mut ShimChatOptions);
+    pub(crate) fn ta_chat_options_have_tools(options: *const ShimChatOptions) -> bool;
     pub(crate) fn ta_chat_apply(
         chat: *const ShimChat,
+        options: *const ShimChatOptions,
         messages: *const c_char,
         length: usize,
         add_generation_prompt: bool,
@@ -203,8 +242,30 @@ unsafe extern "C" {
         length: *mut usize,
         is_input: *mut bool,
     ) -> bool;
-    pub(crate) fn ta_prompt_stop(
+    pub(crate) fn ta_prompt_text(
         prompt: *const ShimPrompt,
+        what: c_int,
+        index: usize,
+        text: *mut *const c_char,
+        length: *mut usize,
+    ) -> bool;
+    pub(crate) fn ta_prompt_grammar_is_lazy(prompt: *const ShimPrompt) -> bool;
+    pub(crate) fn ta_prompt_is_thinking(prompt: *const ShimPrompt) -> bool;
+    pub(crate) fn ta_prompt_take_reader(prompt: *mut ShimPrompt) -> *mut ShimReader;
+    pub(crate) fn ta_reader_free(reader: *mut ShimReader);
+    pub(crate) fn ta_reader_read(
+        reader: *const ShimReader,
+        text: *const c_char,
+        length: usize,
+        is_partial: bool,
+        out: *mut *mut ShimAnswer,
+        error: *mut ShimError,
+    ) -> c_int;
+    pub(crate) fn ta_answer_free(answer: *mut ShimAnswer);
+    pub(crate) fn ta_answer_is_whole(answer: *const ShimAnswer) -> bool;
+    pub(crate) fn ta_answer_text(
+        answer: *const ShimAnswer,
+        what: c_int,
         index: usize,
         text: *mut *const c_char,
         length: *mut usize,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! py (feature "python")     plain values for Python, nothing else
-//!   ├─ chat                 messages → prompt
+//!   ├─ chat                 messages → prompt, answer → content, reasoning and tool calls
 //!   └─ context              requests in, events out; one owner thread for each llama.cpp context
 //!        └─ model           open weights and vocabulary
 //!             └─ gguf, hardware, config, log, ffi (the shim) ─ error

@@ -134,6 +134,15 @@ impl Model {
         self.description.chat_template.as_deref()
     }
 
+    /// Some models have several templates, for tools (`tool_use`) or for documents.
+    pub fn named_chat_template(&self, name: &str) -> Option<String> {
+        let is_name = !name.is_empty()
+            && name.len() <= 64
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte));
+        let key = is_name.then(|| format!("tokenizer.chat_template.{name}"))?;
+        self.weights.meta_val_str(&key).ok()
+    }
+
     /// Refuses to serve the forked child of the process that loaded it.
     pub fn check_process(&self) -> Result<()> {
         let child = std::process::id();

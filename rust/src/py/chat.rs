@@ -1,12 +1,14 @@
-//! ChatPrompt: a rendered conversation as Python sees it.
+//! ChatPrompt and ChatParser: a rendered conversation and the answer to it, as Python sees them.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use pyo3::prelude::*;
-use pyo3::types::PyString;
+use pyo3::types::{PyDict, PyList, PyString};
 
 use super::convert::{self, guarded};
-use crate::chat::{Chat, Prompt};
+use crate::chat::Chat;
+use crate::chat::answer::{AnswerParser, Delta, Message};
+use crate::chat::prompt::{Grammar, Prompt, Trigger};
 use crate::error::{Error, Result};
 
 #[pyclass(frozen, module = "tabagent_model._core")]
@@ -39,6 +41,32 @@ impl ChatPrompt {
         self.prompt.stops.clone()
     }
 
+    #[getter]
+    fn preserved_tokens(&self) -> Vec<i32> {
+        self.prompt.preserved_tokens.clone()
+    }
+
+    /// What keeps tool calls in their form, as the engine takes it.
+    #[getter]
+    fn constraint<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        self.prompt.grammar.as_ref().map(|grammar| constraint(py, grammar)).transpose()
+    }
+
+    #[getter]
+    fn thinking(&self) -> Option<(String, String)> {
+        self.prompt.thinking.clone()
+    }
+
+    #[getter]
+    fn is_thinking(&self) -> bool {
+        self.prompt.is_thinking
+    }
+
+    #[pyo3(signature = (patience=50))]
+    fn parser(&self, patience: u32) -> ChatParser {
+        ChatParser { parser: Mutex::new(self.prompt.parser(patience)) }
+    }
+
     /// The ids of what follows after a beginning; None if it begins otherwise.
     #[pyo3(signature = (after=None, limit=None))]
     fn tokens(
@@ -59,4 +87,95 @@ impl ChatPrompt {
         };
         guarded(py, || self.chat()?.tokens(&self.prompt, from, limit).map(Some))
     }
+}
+
+#[pyclass(frozen, module = "tabagent_model._core")]
+pub struct ChatParser {
+    parser: Mutex<AnswerParser>,
+}
+
+#[pymethods]
+impl ChatParser {
+    fn feed<'py>(&self, text: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyList>> {
+        let py = text.py();
+        let text = convert::text(text)?;
+        let deltas = guarded(py, || Ok(self.with(|parser| parser.feed(text))))?;
+        python_deltas(py, deltas)
+    }
+
+    #[pyo3(signature = (is_complete=true))]
+    fn finish<'py>(
+        &self,
+        py: Python<'py>,
+        is_complete: bool,
+    ) -> PyResult<(Bound<'py, PyList>, Bound<'py, PyDict>)> {
+        let (deltas, message) = guarded(py, || Ok(self.with(|parser| parser.finish(is_complete))))?;
+        Ok((python_deltas(py, deltas)?, python_message(py, message)?))
+    }
+}
+
+impl ChatParser {
+    fn with<T>(&self, work: impl FnOnce(&mut AnswerParser) -> T) -> T {
+        work(&mut self.parser.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+fn constraint<'py>(py: Python<'py>, grammar: &Grammar) -> PyResult<Bound<'py, PyDict>> {
+    let triggers = PyList::empty(py);
+    for trigger in &grammar.triggers {
+        let (kind, value, token) = match trigger {
+            Trigger::Word(value) => ("word", value, None),
+            Trigger::Token(token, value) => ("token", value, Some(*token)),
+            Trigger::Pattern(value) => ("pattern", value, None),
+            Trigger::PatternFull(value) => ("pattern_full", value, None),
+        };
+        let entry = PyDict::new(py);
+        entry.set_item("type", kind)?;
+        entry.set_item("value", value)?;
+        if let Some(token) = token {
+            entry.set_item("token", token)?;
+        }
+        triggers.append(entry)?;
+    }
+    let constraint = PyDict::new(py);
+    constraint.set_item("syntax", "gbnf")?;
+    constraint.set_item("text", &grammar.text)?;
+    constraint.set_item("lazy", grammar.is_lazy)?;
+    constraint.set_item("triggers", triggers)?;
+    if !grammar.prefix.is_empty() {
+        constraint.set_item("prefix", &grammar.prefix)?;
+    }
+    Ok(constraint)
+}
+
+fn python_deltas(py: Python<'_>, deltas: Vec<Delta>) -> PyResult<Bound<'_, PyList>> {
+    let list = PyList::empty(py);
+    for delta in deltas {
+        match delta {
+            Delta::Content(text) => list.append(("content", text))?,
+            Delta::Reasoning(text) => list.append(("reasoning", text))?,
+            Delta::ToolCall { index, begun, arguments } => {
+                let (id, name) = begun.unzip();
+                list.append(("tool_call", index, id, name, arguments))?;
+            }
+        }
+    }
+    Ok(list)
+}
+
+fn python_message(py: Python<'_>, message: Message) -> PyResult<Bound<'_, PyDict>> {
+    let calls = PyList::empty(py);
+    for call in message.tool_calls {
+        let entry = PyDict::new(py);
+        entry.set_item("id", call.id)?;
+        entry.set_item("name", call.name)?;
+        entry.set_item("arguments", call.arguments)?;
+        calls.append(entry)?;
+    }
+    let whole = PyDict::new(py);
+    whole.set_item("content", message.content)?;
+    whole.set_item("reasoning", message.reasoning)?;
+    whole.set_item("tool_calls", calls)?;
+    whole.set_item("error", message.error)?;
+    Ok(whole)
 }

@@ -21,7 +21,7 @@ use convert::guarded;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::chat::ChatPrompt;
+    use super::chat::{ChatParser, ChatPrompt};
     #[pymodule_export]
     use super::context::{PyContext, PyEvent};
     #[pymodule_export]

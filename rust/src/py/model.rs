@@ -203,12 +203,13 @@ impl PyModel {
         Ok(self.model()?.chat_template().map(str::to_owned))
     }
 
-    #[pyo3(signature = (messages, add_generation_prompt=true, template=None))]
+    #[pyo3(signature = (messages, add_generation_prompt=true, template=None, options_json=None))]
     fn render_chat(
         &self,
         messages: &Bound<'_, PyString>,
         add_generation_prompt: bool,
         template: Option<&Bound<'_, PyString>>,
+        options_json: Option<&Bound<'_, PyString>>,
     ) -> PyResult<ChatPrompt> {
         self.model()?;
         let chat = lock(&self.chat).clone();
@@ -216,7 +217,9 @@ impl PyModel {
         let (py, chat) = (messages.py(), chat.ok_or_else(gone)?);
         let messages = convert::text(messages)?;
         let template = template.map(convert::text).transpose()?;
-        let prompt = guarded(py, || chat.render(messages, add_generation_prompt, template))?;
+        let options = options_json.map(convert::text).transpose()?;
+        let prompt =
+            guarded(py, || chat.render(messages, add_generation_prompt, template, options))?;
         Ok(ChatPrompt::new(prompt, &chat))
     }
 
