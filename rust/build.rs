@@ -59,7 +59,7 @@ fn llama_source(root: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
 
 fn compile_shim(llama: &Path) {
     let mut shim = cc::Build::new();
-    for folder in ["include", "ggml/include", "common", "vendor"] {
+    for folder in ["", "include", "ggml/include", "common", "vendor"] {
         shim.include(llama.join(folder));
     }
     shim.cpp(true)
@@ -70,7 +70,7 @@ fn compile_shim(llama: &Path) {
         .flag_if_supported("-fno-gnu-unique") // see rust/cmake/llama.cmake
         .flag_if_supported("-Wno-unused-function") // in llama.cpp's headers
         .files(
-            ["llama", "attention", "chat", "probe", "samplers"]
+            ["llama", "attention", "chat", "grammar", "probe", "samplers"]
                 .map(|name| format!("rust/shim/{name}.cpp")),
         )
         .compile("tabagent_shim");

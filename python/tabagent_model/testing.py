@@ -109,7 +109,7 @@ class ScriptedContext:
 
     def submit(self, request_id: int, prompt: Prompt, params: Mapping[str, Any]) -> None:
         is_pin = params.get("pin", False)
-        config = GenerationConfig.from_dict({k: v for k, v in params.items() if k != "pin"})
+        config = GenerationConfig.from_dict({k: v for k, v in params.items() if k not in _UNHEARD})
         if is_pin:
             config = config.with_max_tokens(0)
         tokens = self.tokenize(prompt, config.add_bos) if isinstance(prompt, str) else [*prompt]
@@ -294,6 +294,9 @@ class ScriptedContext:
                 self._running.remove(sequence)
         self._counted["steps"] += 1
 
+
+# A script says its lines whatever they should be.
+_UNHEARD = ("pin", "constraint", "preserved_tokens")
 
 _COUNTERS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "steps")
 
