@@ -460,8 +460,11 @@ impl GenerationConfig {
         check_all("stop_tokens", &mut self.stop_tokens.iter())?;
         check_all("preserved_tokens", &mut self.preserved_tokens.iter())?;
         let triggers = self.constraint.iter().flat_map(|constraint| &constraint.triggers);
-        let token = |trigger| if let Trigger::Token(token) = trigger { Some(token) } else { None };
-        check_all("triggers", &mut triggers.filter_map(token))
+        let mut tokens = triggers.filter_map(|trigger| match trigger {
+            Trigger::Token(token) => Some(token),
+            _ => None,
+        });
+        check_all("triggers", &mut tokens)
     }
 }
 

@@ -154,8 +154,11 @@ fn a_mask_leaves_the_logits_of_those_who_may_come() {
 
 #[test]
 fn a_token_over_several_parts_of_a_grammar_is_one_step() {
-    let mut guide = guide(Syntax::Gbnf, r#"root ::= open "a" "\":" "true"
-open ::= "{" "\"""#);
+    let mut guide = guide(
+        Syntax::Gbnf,
+        r#"root ::= open "a" "\":" "true"
+open ::= "{" "\"""#,
+    );
     for token in [word("{\""), i32::from(b'a'), word("\":"), word("true")] {
         assert!(guide.allows(token).unwrap());
         guide.accept(token).unwrap();
@@ -173,7 +176,8 @@ fn half_a_character_is_allowed_where_the_whole_one_may_follow() {
     assert!(accents.allows(END).unwrap());
     assert!(!takes(&mut guide(Syntax::Gbnf, "root ::= [à-ü]"), [0xc2]));
     // Not UTF-8: a byte that goes on with nothing, an overlong form, half of a surrogate pair.
-    for bytes in [&[0x80][..], &[0xc0], &[0xe0, 0x80], &[0xed, 0xa0], &[0xf4, 0x90], &[0xff], &[0]] {
+    for bytes in [&[0x80][..], &[0xc0], &[0xe0, 0x80], &[0xed, 0xa0], &[0xf4, 0x90], &[0xff], &[0]]
+    {
         assert!(!takes(&mut guide(Syntax::Gbnf, "root ::= ."), bytes), "{bytes:?}");
     }
 }
@@ -190,7 +194,10 @@ fn control_tokens_are_only_there_where_they_are_written_out_or_named() {
     let mut named = guide(Syntax::Gbnf, "root ::= <[258]> \"a\"");
     assert!(named.allowed().unwrap().has(CALL) && !named.allows(i32::from(b'<')).unwrap());
     let (what, position) = refusal(Syntax::Gbnf, "root ::= <call>");
-    assert_eq!((what.as_str(), position), ("`<call>` is not one token of this model", Some((1, 10))));
+    assert_eq!(
+        (what.as_str(), position),
+        ("`<call>` is not one token of this model", Some((1, 10)))
+    );
 }
 
 #[test]
@@ -206,13 +213,11 @@ fn a_stop_token_ends_the_answer_only_where_it_is_complete() {
 #[test]
 fn a_constraint_begins_behind_a_text() {
     for syntax in [(Syntax::JsonSchema, r#"{"const": 17}"#), (Syntax::Gbnf, "root ::= \"17\"")] {
-        let asked = Constraint {
-            after: Some("</think>".into()),
-            ..Constraint::new(syntax.0, syntax.1)
-        };
+        let asked =
+            Constraint { after: Some("</think>".into()), ..Constraint::new(syntax.0, syntax.1) };
         let guide = || constraints().guide(&asked, &[], &[], None).unwrap();
         let mut spelled = guide();
-        assert!(takes(&mut spelled, "anything {} </think> is not </think"));
+        assert!(takes(&mut spelled, "anything {} </thin is not </think"));
         let mut spelled = guide();
         assert!(takes(&mut spelled, "hm </think>"));
         assert!(!spelled.allows(i32::from(b'x')).unwrap());
@@ -280,7 +285,11 @@ fn a_broken_grammar_is_refused_with_the_place() {
         ("root = \"a\"", "`::=` is expected here", (1, 6)),
         ("root ::= \"\\q\"", "unknown escape", (1, 11)),
         ("root ::= \"a\"\r\nb ::= [a", "unexpected end", (2, 9)),
-        ("\u{feff}root ::= \"a\"", "the name of a rule is expected here: letters, digits and `-`", (1, 1)),
+        (
+            "\u{feff}root ::= \"a\"",
+            "the name of a rule is expected here: letters, digits and `-`",
+            (1, 1),
+        ),
         ("root ::= (\"a\"", "`)` is expected here", (1, 14)),
         ("root ::= *", "there is nothing before it that could be repeated", (1, 11)),
         ("root ::= \"a\"{2,1}", "at least 2 and at most 1 times", (1, 13)),
@@ -332,7 +341,8 @@ fn a_broken_expression_or_schema_is_refused_with_the_place() {
 
 #[test]
 fn what_is_huge_or_deep_is_refused_quickly() {
-    let brackets = |count: usize| format!("root ::= {}\"a\"{}", "(".repeat(count), ")".repeat(count));
+    let brackets =
+        |count: usize| format!("root ::= {}\"a\"{}", "(".repeat(count), ")".repeat(count));
     assert!(asked(Syntax::Gbnf, &brackets(100)).is_ok());
     for (syntax, text) in [
         (Syntax::Gbnf, brackets(101)),
@@ -344,7 +354,6 @@ fn what_is_huge_or_deep_is_refused_quickly() {
         (Syntax::JsonSchema, format!("{}{}{}", "{\"not\":".repeat(50), "{}", "}".repeat(50))),
         (Syntax::JsonSchema, format!("{{\"title\": \"{}\"}}", "a".repeat(1 << 20))),
         (Syntax::Regex, format!("{}a{}", "(".repeat(30_000), ")".repeat(30_000))),
-        (Syntax::Regex, "((a{1000}){1000}){1000}".into()),
         (Syntax::Lark, format!("start: {}\"a\"{}", "(".repeat(30_000), "]".repeat(30_000))),
     ] {
         refusal(syntax, &text);
@@ -364,11 +373,16 @@ fn what_would_be_exponential_elsewhere_is_kept_or_refused_in_time() {
         .collect();
     for (syntax, text, input) in [
         (Syntax::Gbnf, format!("root ::= r0\n{chain}r40 ::= \"x\""), "xabab"),
-        (Syntax::Gbnf, "root ::= \"a\" root \"b\" | \"a\" root \"c\" | \"d\"".into(), "aaaaaaaaaaaaa"),
+        (
+            Syntax::Gbnf,
+            "root ::= \"a\" root \"b\" | \"a\" root \"c\" | \"d\"".into(),
+            "aaaaaaaaaaaaa",
+        ),
         (Syntax::Gbnf, "root ::= \"a\" root root | \"a\" | \"b\"".into(), "aaaaaaaaaaaaa"),
         (Syntax::Gbnf, "root ::= ((\"a\"*)*)* \"b\"".into(), "aaaaaaaaaaaa"),
         (Syntax::Gbnf, "root ::= (\"a\"?){2000}".into(), "aaaaaaaaaaaa"),
         (Syntax::Gbnf, "root ::= (\"a\"{0,2000} \"a\"{0,2000} \"b\")+".into(), "aaaaaaaaaaaa"),
+        (Syntax::Regex, "((a{1000}){1000}){1000}".into(), "aaaaaaaaaaaa"),
         (Syntax::Regex, "(a|a)*(a|aa)*(a*)*b".into(), "aaaaaaaaaaaa"),
         (Syntax::Regex, "(.*a.{12}b)*.{40}".into(), "aaaaaaaaaaaaaaaaaaa"),
         (Syntax::Regex, "a?".repeat(2000) + &"a".repeat(2000), "aaaaaaaaaaaaaa"),
@@ -381,13 +395,19 @@ fn what_would_be_exponential_elsewhere_is_kept_or_refused_in_time() {
         (Syntax::JsonSchema, r#"{"type": "string", "pattern": "(a+)+$"}"#.into(), "\"aaaa"),
         (Syntax::Lark, "start: start start | \"a\"".into(), "aaaaaaaaaaaaaaaaaaaaaaa"),
         (Syntax::Lark, format!("start: {}\"a\"{}", "(".repeat(30_000), ")".repeat(30_000)), "a"),
-        (Syntax::Lark, format!("start: A\nA: {}\"a\"{}", "(".repeat(30_000), ")?".repeat(30_000)), "a"),
+        (
+            Syntax::Lark,
+            format!("start: A\nA: {}\"a\"{}", "(".repeat(30_000), ")?".repeat(30_000)),
+            "a",
+        ),
     ] {
         let begun = Instant::now();
         let shown: String = text.chars().take(60).collect();
         if let Ok(mut guide) = asked(syntax, &text) {
             for byte in input.bytes() {
-                let (Ok(allows), Ok(_)) = (guide.allows(byte.into()), guide.allowed()) else { break };
+                let (Ok(allows), Ok(_)) = (guide.allows(byte.into()), guide.allowed()) else {
+                    break;
+                };
                 if !allows || guide.accept(byte.into()).is_err() {
                     break;
                 }
@@ -431,19 +451,32 @@ string ::= "\"" ([^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}))* 
 number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ([eE] [-+]? [0-9] [1-9]{0,15})? ws
 ws ::= | " " | "\n" [ \t]{0,20}"#;
     for text in [
-        "{}", "{\"a\": [1, 2.5e3, {\"b\": null}]}", "{\"a\" 1", "{\"é\": \"\\u00e9\"}", "[1]",
-        "{\"a\": tru", "{\"a\": 01}", "{ \n", "{\n\t\t\"x\":\"y\"}\n", "{\"\u{7f}",
+        "{}",
+        "{\"a\": [1, 2.5e3, {\"b\": null}]}",
+        "{\"a\" 1",
+        "{\"é\": \"\\u00e9\"}",
+        "[1]",
+        "{\"a\": tru",
+        "{\"a\": 01}",
+        "{ \n",
+        "{\n\t\t\"x\":\"y\"}\n",
+        "{\"\u{7f}",
     ] {
         same_as_llama(json, text);
     }
     for (grammar, texts) in [
-        ("root ::= \"a\"{2,4} \"b\"{2,} \"c\"{3} [d-f]?", ["aabbccc", "aaaabbbcccd", "aab", "aabbccccc"]),
+        (
+            "root ::= \"a\"{2,4} \"b\"{2,} \"c\"{3} [d-f]?",
+            ["aabbccc", "aaaabbbcccd", "aab", "aabbccccc"],
+        ),
         ("root ::= ( \"x\" |\n \"y\" # or\n )+ .", ["xyx", "z", "xyz!", "é"]),
         ("root ::= [^\\n\\u00e9-\\u00ff]* \"\\x41\\U0001F600\"", ["abA😀", "é", "A😀", "A"]),
         ("root ::= [a-]+ [\\]\\[]", ["a-a]", "-", "a[", "b"]),
         ("root ::= \"\" a\na ::= | \"b\" a", ["", "b", "bbb", "c"]),
     ] {
-        texts.iter().for_each(|text| same_as_llama(grammar, text));
+        for text in texts {
+            same_as_llama(grammar, text);
+        }
     }
 }
 
@@ -458,7 +491,8 @@ fn random_grammars_mean_what_they_mean_in_llama_cpp() {
         }
         for _ in 0..12 {
             let length = dice.usize(0..7);
-            let text: String = (0..length).map(|_| dice.choice(['a', 'b', 'c', 'é']).unwrap()).collect();
+            let text: String =
+                (0..length).map(|_| dice.choice(['a', 'b', 'c', 'é']).unwrap()).collect();
             counted[same_as_llama(&grammar, &text) as usize] += 1;
         }
     }
@@ -501,4 +535,149 @@ fn random_way(dice: &mut fastrand::Rng, depth: usize) -> String {
         part + ["", "", "", "", "?", "*", "+", "{2}", "{1,3}", "{0,2}"][dice.usize(0..10)]
     });
     parts.collect::<Vec<_>>().join(" ")
+}
+
+/// The figures of docs/performance.md: `cargo test --test constraint -- --ignored --nocapture`.
+#[test]
+#[ignore = "prints times"]
+fn how_long_masks_take() {
+    let begun = Instant::now();
+    let words = large_vocabulary();
+    println!("{} tokens made up in {:?}", words.len(), begun.elapsed());
+    let begun = Instant::now();
+    let lexicon = Lexicon::new(&words, vec![256]);
+    println!("tree: {:?}", begun.elapsed());
+    let constraints = Constraints::with_lexicon(lexicon);
+    let begun = Instant::now();
+    let _ = constraints.guide(&Constraint::new(Syntax::Regex, "a"), &[], &[], None).unwrap();
+    println!("slices of the tree: {:?}", begun.elapsed());
+    let person = r##"{"type": "object", "properties": {"name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150}, "tags": {"type": "array",
+        "items": {"enum": ["red", "green"]}}, "home": {"$ref": "#/$defs/home"}},
+        "required": ["name", "age", "tags", "home"], "additionalProperties": false, "$defs": {"home":
+        {"type": "object", "properties": {"street": {"type": "string"}, "zip": {"type": "string",
+        "pattern": "^[0-9]{5}$"}}, "required": ["street"], "additionalProperties": false}}}"##;
+    let object = r#"root ::= "{" ws (pair ("," ws pair)*)? "}"
+pair ::= string ":" ws value
+value ::= string | [0-9]+ | "{" ws (pair ("," ws pair)*)? "}" | "[" ws (value ("," ws value)*)? "]"
+string ::= "\"" ([^"\\\x00-\x1f] | "\\" .)* "\"" ws
+ws ::= [ \n]?"#;
+    let text = r#"{"name": "Ann Bee", "age": 41, "tags": ["red", "green", "red"], "home": {"street": "Long Lane 7", "zip": "12345"}}"#;
+    for (name, syntax, grammar, text) in [
+        ("schema", Syntax::JsonSchema, person, text),
+        ("any JSON", Syntax::JsonSchema, "{}", text),
+        ("regex", Syntax::Regex, r"\w+@\w+\.(com|org)", "somebody@example.com"),
+        ("GBNF", Syntax::Gbnf, object, text),
+    ] {
+        let asked = Constraint::new(syntax, grammar);
+        let begun = Instant::now();
+        let mut guide = constraints.guide(&asked, &[], &[], None).unwrap();
+        let compiled = begun.elapsed();
+        let begun = Instant::now();
+        let mut again = constraints.guide(&asked, &[], &[], None).unwrap();
+        let copied = begun.elapsed();
+        let (mut masks, mut checks) = (Vec::new(), Vec::new());
+        let mut row = vec![0.0; words.len()];
+        let mut rest = text.as_bytes();
+        while !rest.is_empty() {
+            let length =
+                (1..=rest.len().min(4)).rev().find(|n| words.contains(&rest[..*n].to_vec()));
+            let (now, after) = rest.split_at(length.unwrap());
+            let token = words.iter().position(|word| word == now).unwrap() as i32;
+            let begun = Instant::now();
+            guide.allowed().unwrap().apply(&mut row);
+            masks.push(begun.elapsed());
+            guide.accept(token).unwrap();
+            let begun = Instant::now();
+            assert!(again.allows(token).unwrap());
+            again.accept(token).unwrap();
+            checks.push(begun.elapsed());
+            rest = after;
+        }
+        masks.sort();
+        checks.sort();
+        let [half, most] = [masks.len() / 2, masks.len() - 1];
+        println!(
+            "{name}: compiled in {compiled:?}, again in {copied:?}; {} tokens; mask {:?} (median) {:?} \
+             (worst); a check {:?}, {:?}",
+            masks.len(),
+            masks[half],
+            masks[most],
+            checks[half],
+            checks[most]
+        );
+    }
+}
+
+/// As many tokens as Qwen's vocabulary has, of about the same lengths.
+fn large_vocabulary() -> Vec<Vec<u8>> {
+    let mut words: Vec<Vec<u8>> = (0..=255u8).map(|byte| vec![byte]).collect();
+    words[255].clear();
+    words.push(b"\xff<end>".to_vec());
+    let letters = b"etaoinshrdlucmfwypvbgkjqxz";
+    let signs = b" \"'{}[]():;,.-_=+*/\\<>!?#$%&|@^~`\n\t";
+    let mut add = |word: &[u8]| words.push(word.to_vec());
+    for a in signs {
+        signs.iter().for_each(|b| add(&[*a, *b]));
+    }
+    for number in 0..1000 {
+        add(format!("{number:03}").as_bytes());
+    }
+    for a in letters {
+        for b in letters {
+            for word in [vec![*a, *b], vec![a.to_ascii_uppercase(), *b]] {
+                add(&word);
+                add(&[b" ", &word[..]].concat());
+                for c in letters {
+                    add(&[&word[..], &[*c]].concat());
+                    add(&[b" ", &word[..], &[*c]].concat());
+                }
+            }
+        }
+    }
+    let mut dice = fastrand::Rng::with_seed(1);
+    while words.len() < 151_936 {
+        let length = dice.usize(4..9);
+        words.push((0..length).map(|_| letters[dice.usize(0..16)]).collect());
+    }
+    words
+}
+
+/// The public JSON-Schema-Test-Suite, where its folder is named by `JSON_SCHEMA_TEST_SUITE`: no package
+/// has it. Valid data may be refused, since a grammar fixes the order of properties; invalid data is
+/// never let through.
+#[test]
+#[ignore = "needs a folder of somebody else's"]
+fn nothing_invalid_of_the_public_suite_is_let_through() {
+    let folder = std::env::var("JSON_SCHEMA_TEST_SUITE").expect("the folder with draft2020-12");
+    let constraints = constraints();
+    let (mut refused, mut valid, mut too_strict, mut invalid) = (0, 0, 0, 0);
+    let mut wrong = Vec::new();
+    let files = std::fs::read_dir(std::path::Path::new(&folder).join("draft2020-12")).unwrap();
+    let files = files.map(|entry| entry.unwrap().path()).filter(|path| path.is_file());
+    for path in files {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let groups: serde_json::Value = serde_json::from_str(&text).unwrap();
+        for group in groups.as_array().unwrap() {
+            let asked = Constraint::new(Syntax::JsonSchema, group["schema"].to_string());
+            if constraints.guide(&asked, &[], &[], None).is_err() {
+                refused += 1;
+                continue;
+            }
+            for case in group["tests"].as_array().unwrap() {
+                let guide = constraints.guide(&asked, &[], &[], None).unwrap();
+                let fits = verdict(guide, &case["data"].to_string()) == Verdict::Matches;
+                match (case["valid"].as_bool().unwrap(), fits) {
+                    (true, true) => valid += 1,
+                    (true, false) => too_strict += 1,
+                    (false, false) => invalid += 1,
+                    (false, true) => wrong.push(format!("{} {case}", group["schema"])),
+                }
+            }
+        }
+    }
+    println!(
+        "{refused} schemas refused; valid: {valid} let through, {too_strict} not; {invalid} refused"
+    );
+    assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
 }

@@ -30,10 +30,6 @@ impl Class {
         Class(Box::new([(0, LAST)]))
     }
 
-    pub fn has(&self, character: u32) -> bool {
-        self.has_any(character, character)
-    }
-
     /// Whether one from `first` to `last` is in it.
     pub fn has_any(&self, first: u32, last: u32) -> bool {
         let after = self.0.partition_point(|range| range.1 < first);

@@ -3,6 +3,8 @@
 //! What can be written, and what it means, is as in llama.cpp; the matching is not. Its stacks grow
 //! exponentially for grammars of a few lines, and it asserts; here nothing does.
 
+use std::collections::HashMap;
+
 use super::class::Class;
 use crate::error::{Error, Result};
 use crate::model::Vocabulary;
@@ -42,7 +44,8 @@ const MOST_OPS: usize = 200_000;
 const SMALL: usize = 64;
 
 pub fn compile(text: &str, vocabulary: Option<&Vocabulary>) -> Result<Program> {
-    let mut parser = Parser { text, at: 0, vocabulary, rules: Vec::new() };
+    let (rules, names) = (Vec::new(), HashMap::new());
+    let mut parser = Parser { text, at: 0, vocabulary, rules, names };
     parser.grammar()?;
     let rules = parser.finished()?;
     refuse_left_recursion(text, &rules)?;
@@ -71,6 +74,7 @@ struct Parser<'a> {
     at: usize,
     vocabulary: Option<&'a Vocabulary>,
     rules: Vec<Rule<'a>>,
+    names: HashMap<&'a str, usize>,
 }
 
 impl<'a> Parser<'a> {
@@ -84,7 +88,7 @@ impl<'a> Parser<'a> {
 
     fn finished(self) -> Result<Vec<Rule<'a>>> {
         let error = |at, what: String| Err(refusal(self.text, at, what));
-        if !self.rules.iter().any(|rule| rule.name == "root") {
+        if !self.names.contains_key("root") {
             return error(self.text.len(), "there is no rule `root`".into());
         }
         match self.rules.iter().find(|rule| rule.body.is_none()) {
@@ -274,13 +278,14 @@ impl<'a> Parser<'a> {
         if name.is_empty() {
             return self.fail("the name of a rule is expected here: letters, digits and `-`");
         }
-        if let Some(known) = self.rules.iter().position(|rule| rule.name == name) {
+        if let Some(known) = self.names.get(name) {
             self.at += length;
-            return Ok(known);
+            return Ok(*known);
         }
         if self.rules.len() == MOST_RULES {
             return self.fail(&format!("more than {MOST_RULES} rules"));
         }
+        self.names.insert(name, self.rules.len());
         self.rules.push(Rule { name, at: self.at, body: None });
         self.at += length;
         Ok(self.rules.len() - 1)
@@ -360,7 +365,8 @@ fn refusal(text: &str, at: usize, what: impl Into<String>) -> Error {
 fn refuse_left_recursion(text: &str, rules: &[Rule]) -> Result<()> {
     let mut may_be_empty = vec![false; rules.len()];
     loop {
-        let is_empty = |rule: &Rule| rule.body.as_ref().is_some_and(|of| of.is_empty(&may_be_empty));
+        let is_empty =
+            |rule: &Rule| rule.body.as_ref().is_some_and(|of| of.is_empty(&may_be_empty));
         let next: Vec<bool> = rules.iter().map(is_empty).collect();
         if next == may_be_empty {
             break;
@@ -458,7 +464,6 @@ struct Writer<'a> {
     rules: &'a [Rule<'a>],
     /// Rules that are called: those that contain themselves, and large ones.
     is_called: Vec<bool>,
-    /// How long the code of each rule is; known of those that were written.
     program: Program,
 }
 
@@ -529,7 +534,13 @@ impl<'a> Writer<'a> {
         match node {
             Node::Literal(all) => all.len(),
             Node::Class(_) | Node::Token { .. } => 1,
-            Node::Rule(rule) => if self.is_called[*rule] { 1 } else { sizes[*rule].max(1) },
+            Node::Rule(rule) => {
+                if self.is_called[*rule] {
+                    1
+                } else {
+                    sizes[*rule].max(1)
+                }
+            }
             Node::Sequence(nodes) | Node::Choice(nodes) => sum(nodes),
             Node::Repeat { node, least, most } => {
                 let times = most.unwrap_or(*least).max(1) as usize + 1;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use llguidance::api::{ParserLimits, StopReason, TopLevelGrammar};
+use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{InferenceCapabilities, SimpleVob};
 use llguidance::{Matcher, ParserFactory};
 
@@ -30,9 +30,8 @@ impl Guidance {
     pub fn new(lexicon: &Arc<Lexicon>) -> Result<Arc<Guidance>> {
         let slices = llguidance::earley::SlicedBiasComputer::general_slices();
         let tokenizer = lexicon.tokenizer();
-        let mut factory =
-            ParserFactory::new(&tokenizer, InferenceCapabilities::default(), &slices)
-                .map_err(|error| Error::internal(format!("no constraints: {error}")))?;
+        let mut factory = ParserFactory::new(&tokenizer, InferenceCapabilities::default(), &slices)
+            .map_err(|error| Error::internal(format!("no constraints: {error}")))?;
         factory.quiet();
         *factory.limits_mut() = ParserLimits {
             max_lexer_states: 50_000,
@@ -82,7 +81,8 @@ impl Guidance {
 
 /// What llguidance says of a regular expression has no position; the parser that it uses has one.
 fn check_regex(text: &str) -> Result<()> {
-    let refuse = |what: String, offset| Err(Error::grammar("regex", what, Some(position(text, offset))));
+    let refuse =
+        |what: String, offset| Err(Error::grammar("regex", what, Some(position(text, offset))));
     match regex_syntax::Parser::new().parse(text) {
         Ok(_) => Ok(()),
         Err(regex_syntax::Error::Parse(error)) => {
@@ -143,11 +143,12 @@ impl Guided {
     }
 
     fn failure(&self) -> Error {
-        match self.matcher.stop_reason() {
-            StopReason::NoExtension | StopReason::NoExtensionBias => {
+        match refusal(self.syntax, &self.matcher) {
+            // llguidance's name for it.
+            Error::Grammar { what, .. } if what == "NoExtensionBias" => {
                 Error::grammar(self.syntax.name(), super::NOBODY, None)
             }
-            _ => refusal(self.syntax, &self.matcher),
+            other => other,
         }
     }
 }

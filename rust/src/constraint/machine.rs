@@ -31,6 +31,8 @@ const MOST_WORK: u64 = 5_000_000;
 /// States to keep between two tokens: some ten megabytes.
 const MOST_STATES: usize = 20_000;
 const MOST_STATES_AT_ONCE: usize = 200_000;
+/// Some twenty kilobytes each.
+const MOST_MASKS: usize = 64;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct State {
@@ -56,6 +58,8 @@ pub struct Machine {
     nodes: Vec<Arc<[Item]>>,
     known_nodes: HashMap<Arc<[Item]>, u32, Fast>,
     next: HashMap<(u32, u8), u32, Fast>,
+    /// What the tree of tokens has for a state: in JSON the same few come again and again.
+    masks: HashMap<u32, Arc<SimpleVob>, Fast>,
     now: u32,
     work: u64,
 }
@@ -73,6 +77,7 @@ impl Machine {
             nodes: Vec::new(),
             known_nodes: HashMap::default(),
             next: HashMap::default(),
+            masks: HashMap::default(),
             now: 0,
             work: 0,
         };
@@ -113,11 +118,7 @@ impl Machine {
         allowed: &mut SimpleVob,
     ) -> Result<(), TooAmbiguous> {
         self.begin();
-        let mut walk = Walk { path: vec![self.now], is_lost: false, machine: self };
-        lexicon.tree().add_bias(&mut walk, allowed, &[]);
-        if walk.is_lost {
-            return Err(TooAmbiguous);
-        }
+        allowed.or(&*self.mask(lexicon)?);
         let state = self.state(self.now).clone();
         for &(place, _) in &state.items {
             match self.program.ops[place as usize] {
@@ -135,6 +136,25 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    fn mask(&mut self, lexicon: &Lexicon) -> Result<Arc<SimpleVob>, TooAmbiguous> {
+        if let Some(known) = self.masks.get(&self.now) {
+            return Ok(known.clone());
+        }
+        let mut mask = lexicon.tree().alloc_token_set();
+        let now = self.now;
+        let mut walk = Walk { path: vec![now], is_lost: false, machine: self };
+        lexicon.tree().add_bias(&mut walk, &mut mask, &[]);
+        if walk.is_lost {
+            return Err(TooAmbiguous);
+        }
+        if self.masks.len() == MOST_MASKS {
+            self.masks.clear();
+        }
+        let mask = Arc::new(mask);
+        self.masks.insert(now, mask.clone());
+        Ok(mask)
     }
 
     /// The state behind a token: as one that the grammar names, and as its text.
@@ -281,6 +301,7 @@ impl Machine {
             self.states.clear();
             self.known_states.clear();
             self.next.clear();
+            self.masks.clear();
             let mut moved = HashMap::default();
             let items = items.iter().map(|&(at, node)| (at, self.keep(node, &old, &mut moved)));
             let items = items.collect();

@@ -81,9 +81,9 @@ impl Constraints {
             Compiled::Guidance(matcher) => {
                 Body::Guidance(Box::new(Guided::new(&matcher, asked.syntax)))
             }
-            Compiled::Gbnf(program) => Body::Gbnf(Box::new(
-                Machine::new(program).map_err(|TooAmbiguous| too_ambiguous())?,
-            )),
+            Compiled::Gbnf(program) => {
+                Body::Gbnf(Box::new(Machine::new(program).map_err(|TooAmbiguous| too_ambiguous())?))
+            }
         };
         let written: Vec<i32> =
             preserved.iter().copied().filter(|token| lexicon.is_control(*token)).collect();
@@ -296,12 +296,7 @@ impl Body {
         Ok(true)
     }
 
-    fn allow(
-        &mut self,
-        lexicon: &Lexicon,
-        written: &[i32],
-        allowed: &mut SimpleVob,
-    ) -> Result<()> {
+    fn allow(&mut self, lexicon: &Lexicon, written: &[i32], allowed: &mut SimpleVob) -> Result<()> {
         match self {
             Body::Guidance(guided) => guided.mask().map(|mask| allowed.or(&mask)),
             Body::Gbnf(machine) => {

@@ -63,8 +63,17 @@ fn check(schema: &Value, path: &str, depth: usize) -> Result<()> {
                 }
             }
             (
-                "items" | "additionalItems" | "additionalProperties" | "contains" | "propertyNames"
-                | "not" | "if" | "then" | "else" | "unevaluatedItems" | "unevaluatedProperties",
+                "items"
+                | "additionalItems"
+                | "additionalProperties"
+                | "contains"
+                | "propertyNames"
+                | "not"
+                | "if"
+                | "then"
+                | "else"
+                | "unevaluatedItems"
+                | "unevaluatedProperties",
                 schema,
             ) => check(schema, &inside(), depth + 1)?,
             _ => {}

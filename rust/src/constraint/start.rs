@@ -141,7 +141,7 @@ impl Triggers {
 
 impl Pattern {
     fn of(pattern: &str) -> Result<Pattern> {
-        let refuse = |error| {
+        let refuse = |error: regex::Error| {
             Error::invalid("triggers", pattern, &format!("a regular expression ({error})"))
         };
         // As in C++, where characters are bytes.
@@ -153,7 +153,8 @@ impl Pattern {
                 .build()
                 .map_err(refuse)
         };
-        let (regex, not_before) = match pattern.strip_suffix(')').map(|rest| rest.split_once("(?!")) {
+        let (regex, not_before) = match pattern.strip_suffix(')').map(|rest| rest.split_once("(?!"))
+        {
             Some(Some((regex, not))) => (regex, Some(build(&format!("^(?:{not})"))?)),
             _ => (pattern, None),
         };
@@ -162,12 +163,12 @@ impl Pattern {
 
     /// Where its first group that is not empty begins, or all of it.
     fn find(&self, text: &[u8]) -> Option<usize> {
-        let follows = |at: usize| {
-            self.not_before.as_ref().is_none_or(|not| !not.is_match(&text[at..]))
-        };
-        let found = self.regex.captures_iter(text).find(|found| {
-            found.get(0).is_some_and(|whole| follows(whole.end()))
-        })?;
+        let follows =
+            |at: usize| self.not_before.as_ref().is_none_or(|not| !not.is_match(&text[at..]));
+        let found = self
+            .regex
+            .captures_iter(text)
+            .find(|found| found.get(0).is_some_and(|whole| follows(whole.end())))?;
         let group = found.iter().skip(1).flatten().find(|group| !group.is_empty());
         group.or(found.get(0)).map(|found| found.start())
     }

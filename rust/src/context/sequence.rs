@@ -64,7 +64,8 @@ struct Times {
 
 impl Sequence {
     pub fn new(request: Request, n_ctx: usize) -> Sequence {
-        let Request { id, prompt, dropped, mut config, breakers, guide, submitted, outbox } = request;
+        let Request { id, prompt, dropped, mut config, breakers, guide, submitted, outbox } =
+            request;
         let stops = std::mem::take(&mut config.stop);
         let after = |time: Option<Duration>| time.and_then(|time| submitted.checked_add(time));
         Sequence {

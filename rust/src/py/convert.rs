@@ -224,12 +224,19 @@ fn constraint(value: &Bound<'_, PyAny>) -> PyResult<Constraint> {
             "text" => asked.text = string("text", &value)?,
             "lazy" => asked.lazy = value.is_truthy()?,
             "triggers" => {
-                let triggers = value.try_iter()?.map(|each| trigger(&each?));
+                let triggers =
+                    value.try_iter().map_err(|_| refused(&value, "with a list of triggers"))?;
+                let triggers = triggers.map(|each| trigger(&each?));
                 asked.triggers = triggers.collect::<PyResult<_>>()?;
             }
             "after" if value.is_none() => {}
             "after" => asked.after = Some(string("after", &value)?),
-            _ => return Err(refused(pair.as_any(), "one of `syntax`, `text`, `lazy`, `triggers`, `after`")),
+            _ => {
+                return Err(refused(
+                    pair.as_any(),
+                    "one of `syntax`, `text`, `lazy`, `triggers`, `after`",
+                ));
+            }
         }
     }
     let allowed = "of the `syntax` `json_schema`, `regex`, `lark` or `gbnf`";
@@ -238,7 +245,12 @@ fn constraint(value: &Bound<'_, PyAny>) -> PyResult<Constraint> {
 }
 
 fn trigger(value: &Bound<'_, PyAny>) -> PyResult<Trigger> {
-    let part = |name: &str| value.get_item(name);
+    let part = |name: &str| {
+        let allowed = "mappings of `type`, and `value` or `token`";
+        value
+            .get_item(name)
+            .map_err(|_| exception(&Error::invalid("triggers", shown(value), allowed)))
+    };
     match string("type", &part("type")?)?.as_str() {
         "token" => Ok(Trigger::Token(token(&part("token")?, "token")?)),
         "word" => Ok(Trigger::Word(string("value", &part("value")?)?)),

@@ -41,7 +41,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         Error::Template { .. } => "TemplateError",
         Error::Grammar { syntax, position, .. } => {
             facts.set_item("name", syntax)?;
-            facts.set_item("position", position)?;
+            facts.set_item("position", *position)?;
             "GrammarError"
         }
         Error::Sampling { .. } => "SamplingError",
