@@ -59,7 +59,7 @@ fn llama_source(root: &Path) -> Result<PathBuf, Box<dyn std::error::Error>> {
 
 fn compile_shim(llama: &Path) {
     let mut shim = cc::Build::new();
-    for folder in ["include", "ggml/include", "common", "vendor"] {
+    for folder in ["", "include", "ggml/include", "common", "vendor"] {
         shim.include(llama.join(folder));
     }
     shim.cpp(true)
@@ -75,6 +75,7 @@ fn compile_shim(llama: &Path) {
                 "attention",
                 "chat",
                 "chat_options",
+                "grammar",
                 "llama",
                 "probe",
                 "samplers",

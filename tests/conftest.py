@@ -29,6 +29,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 Stream = TextStream | AsyncTextStream | ChatStream | AsyncChatStream
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--schemas", type=int, default=100, help="random schemas to answer to")
+
+
+@pytest.fixture
+def num_schemas(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--schemas"))
+
+
 class Face:
     """Model or AsyncModel, so that one test body runs on both."""
 

@@ -227,6 +227,12 @@ class PyContext:
 
         `params` has the fields of GenerationConfig; a missing one has its default, an unknown one
         is refused. What is wrong with the request is raised here, before it is queued.
+
+        Instead of one of its four constraints there may be `constraint`, a mapping of `syntax`
+        (`json_schema`, `regex`, `lark` or `gbnf`) and `text`, and maybe of `after`, a text behind
+        which it begins, or of `lazy` and `triggers`: then it begins when one of them comes, a
+        mapping of `type` (`word`, `pattern`, `pattern_full` or `token`) and `value` or `token`.
+        `preserved_tokens` are ids of control tokens that are written out in the answer's text.
         """
     def abort(self, request_id: int) -> None:
         """Ask for the end of a request; its last event says `cancelled`. Unknown ids are fine."""

@@ -16,6 +16,7 @@ TabAgentModelError (RuntimeError)
 ├── TokenizationError (ValueError)
 ├── TemplateError (ValueError)      the chat template cannot be applied to these messages
 ├── SessionFileError (ValueError)   the file is no session of this model
+├── GrammarError (ValueError)       a schema, regular expression or grammar that cannot be kept
 ├── SamplingError
 ├── GenerationTimeoutError (TimeoutError)
 ├── GenerationCancelled             somebody else cancelled the request one waits for
@@ -128,6 +129,16 @@ class TemplateError(TabAgentModelError, ValueError):
 
 class SessionFileError(TabAgentModelError, ValueError):
     """The file is no saved session, is damaged, or belongs to another model."""
+
+
+class GrammarError(TabAgentModelError, ValueError):
+    """What the answer has to be is written wrongly, or the model has no way to keep it.
+
+    `name` is the field; `position` is a line and a column, counted from 1, or None.
+    """
+
+    name: str
+    position: tuple[int, int] | None
 
 
 class SamplingError(TabAgentModelError):

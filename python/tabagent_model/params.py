@@ -28,7 +28,11 @@ KvType = Literal["auto", "f16", "bf16", "f32", "q8_0"]
 Priority = Literal["high", "normal", "low"]
 Overflow = Literal["error", "shift", "drop_oldest"]
 LogitBias = Mapping[int, float] | Mapping[str, float] | Iterable[tuple[int, float]]
+NoneType = type(None)
 LogitsHook = Callable[[list[int], "memoryview[float]"], None]
+
+CONSTRAINTS = ("json_schema", "regex", "lark", "grammar")
+"""The fields that say what an answer has to be."""
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-chat.gguf"
 
@@ -257,6 +261,16 @@ class GenerationConfig(_Config):
     """Strings that end the answer; they are not part of it. A single one may be given as it is."""
     stop_tokens: Iterable[int] = ()
     """Ids that end the answer; they are not part of it."""
+    json_schema: str | Mapping[str, Any] | bool | None = None
+    """The answer is JSON that this schema allows, a mapping or its JSON text; `{}` allows any JSON.
+    Of this and the next three at most one. An answer that ends because of `max_tokens` or a stop
+    string may be only the beginning of what was asked for."""
+    regex: str | None = None
+    """The whole answer matches this regular expression, in the syntax of Rust's crate `regex`."""
+    lark: str | None = None
+    """The answer is of this grammar, in llguidance's dialect of Lark, from its rule `start` on."""
+    grammar: str | None = None
+    """The answer is of this grammar, in llama.cpp's GBNF, from its rule `root` on."""
     seed: int = -1
     """-1 takes a random one; the answer tells which."""
     ignore_eos: bool = False
@@ -313,6 +327,15 @@ class GenerationConfig(_Config):
             _whole(self, "logprobs", 0, 20)
         _strings(self, "stop", at_most=64, long=1024)
         _ids(self, "stop_tokens", at_most=1024)
+        _schema(self, "json_schema")
+        for name in ("regex", "lark", "grammar"):
+            if not isinstance(getattr(self, name), (str, NoneType)):
+                raise _refusal(name, "a string or None", getattr(self, name))
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            others = " and ".join(f"`{name}`" for name in given[1:])
+            message = f"`{given[0]}` cannot be kept together with {others}"
+            raise InvalidRequestError(message, hint="give one of them", name=given[0])
         _whole(self, "seed", -1, 2**63 - 1)
         _switch(self, "ignore_eos")
         _whole(self, "min_tokens", 0, 2**31 - 1)
@@ -432,6 +455,10 @@ class GenerationFields(TypedDict, total=False):
     logprobs: int | None
     stop: str | Iterable[str] | None
     stop_tokens: Iterable[int] | None
+    json_schema: str | Mapping[str, Any] | bool | None
+    regex: str | None
+    lark: str | None
+    grammar: str | None
     seed: int | None
     ignore_eos: bool | None
     min_tokens: int | None
@@ -613,6 +640,21 @@ def _biases(config: _Config, name: str, *, at_most: int) -> None:
         token = _id(name, int(key) if is_written else key)
         biases[token] = _float(f"{name}[{token}]", bias, -_LARGEST, _LARGEST)
     _put(config, name, biases)
+
+
+def _schema(config: _Config, name: str) -> None:
+    """What was given as values becomes JSON text, so that a config stays frozen and hashable."""
+    value = getattr(config, name)
+    if value is None or isinstance(value, str):
+        return
+    import json
+
+    if not isinstance(value, (Mapping, bool)):
+        raise _refusal(name, "a mapping, True, or JSON text", value)
+    try:
+        _put(config, name, json.dumps(value, allow_nan=False, default=dict))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _refusal(name, f"a mapping that JSON can hold ({error})", value) from None
 
 
 # What fits into the 32 bits of a logit.

@@ -240,6 +240,13 @@ int ta_samplers_apply(const struct llama_vocab * vocab, const ta_sampler * sampl
                       int32_t n_vocab, int32_t * tokens, double * probabilities, int32_t * n_left,
                       ta_error * error) TA_NOEXCEPT;
 
+// For tests of our grammars: what llama.cpp's own says of a text. Neither may hold a zero.
+#define TA_GRAMMAR_REFUSED  0  // the grammar is none, or one that llama.cpp does not take
+#define TA_GRAMMAR_NO_MATCH 1
+#define TA_GRAMMAR_BEGINS   2  // something has to follow
+#define TA_GRAMMAR_MATCHES  3  // something may follow
+int ta_grammar_try(const char * grammar, const char * text, int * verdict, ta_error * error) TA_NOEXCEPT;
+
 // For tests of this border.
 int ta_throw(ta_error * error) TA_NOEXCEPT;
 

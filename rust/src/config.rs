@@ -230,6 +230,10 @@ pub struct GenerationConfig {
     /// They end the text and are no part of it.
     pub stop_tokens: Vec<i32>,
     /// -1 means a random one.
+    /// What the answer has to be.
+    pub constraint: Option<Constraint>,
+    /// Control tokens that are written out in the answer's text.
+    pub preserved_tokens: Vec<i32>,
     pub seed: i64,
     pub ignore_eos: bool,
     pub min_tokens: u32,
@@ -245,6 +249,71 @@ pub struct GenerationConfig {
     pub add_bos: bool,
     /// Control tokens written in a text prompt become control tokens.
     pub special: bool,
+}
+
+/// What an answer has to be, or a part of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Constraint {
+    pub syntax: Syntax,
+    pub text: String,
+    /// It begins when one of the triggers comes, which it hears as well; until then, all may come.
+    pub lazy: bool,
+    pub triggers: Vec<Trigger>,
+    /// It begins behind this text, and its triggers count only there.
+    pub after: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Syntax {
+    JsonSchema,
+    Regex,
+    Lark,
+    /// llama.cpp's grammars.
+    Gbnf,
+}
+
+impl Syntax {
+    /// As the field of a request is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Syntax::JsonSchema => "json_schema",
+            Syntax::Regex => "regex",
+            Syntax::Lark => "lark",
+            Syntax::Gbnf => "grammar",
+        }
+    }
+}
+
+/// As llama.cpp's: of a pattern, what matters is its first group that is not empty, or all of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trigger {
+    Word(String),
+    Token(i32),
+    Pattern(String),
+    /// Of the whole answer so far.
+    PatternFull(String),
+}
+
+impl Constraint {
+    pub fn new(syntax: Syntax, text: impl Into<String>) -> Constraint {
+        let (triggers, after) = (Vec::new(), None);
+        Constraint { syntax, text: text.into(), lazy: false, triggers, after }
+    }
+
+    fn validate(&self) -> Result<()> {
+        check("the number of `triggers`", self.triggers.len(), 0, 64)?;
+        if self.lazy && self.triggers.is_empty() {
+            return Err(Error::invalid("triggers", "none", "there for a constraint that is lazy"));
+        }
+        let texts = self.triggers.iter().filter_map(|trigger| match trigger {
+            Trigger::Token(_) => None,
+            Trigger::Word(text) | Trigger::Pattern(text) | Trigger::PatternFull(text) => Some(text),
+        });
+        for text in texts.chain(&self.after) {
+            check("the bytes of what a constraint waits for", text.len(), 1, 4096)?;
+        }
+        Ok(())
+    }
 }
 
 /// A function of the caller's that may change the logits: it gets the tokens so far and the row.
@@ -313,6 +382,8 @@ impl Default for GenerationConfig {
             logprobs: None,
             stop: Vec::new(),
             stop_tokens: Vec::new(),
+            constraint: None,
+            preserved_tokens: Vec::new(),
             seed: -1,
             ignore_eos: false,
             min_tokens: 0,
@@ -359,6 +430,8 @@ impl GenerationConfig {
         }
         check("the number of `banned_tokens`", self.banned_tokens.len(), 0, MOST_IDS)?;
         check("the number of `stop_tokens`", self.stop_tokens.len(), 0, 1024)?;
+        check("the number of `preserved_tokens`", self.preserved_tokens.len(), 0, 1024)?;
+        self.constraint.iter().try_for_each(Constraint::validate)?;
         self.check_tokens(i32::MAX as u32)?;
         check("logprobs", self.logprobs.unwrap_or(0), 0, 20)?;
         check_strings("stop", &self.stop, 4096)?;
@@ -384,7 +457,14 @@ impl GenerationConfig {
         };
         check_all("logit_bias", &mut self.logit_bias.iter().map(|(token, _)| token))?;
         check_all("banned_tokens", &mut self.banned_tokens.iter())?;
-        check_all("stop_tokens", &mut self.stop_tokens.iter())
+        check_all("stop_tokens", &mut self.stop_tokens.iter())?;
+        check_all("preserved_tokens", &mut self.preserved_tokens.iter())?;
+        let triggers = self.constraint.iter().flat_map(|constraint| &constraint.triggers);
+        let mut tokens = triggers.filter_map(|trigger| match trigger {
+            Trigger::Token(token) => Some(token),
+            _ => None,
+        });
+        check_all("triggers", &mut tokens)
     }
 }
 

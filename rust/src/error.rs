@@ -49,6 +49,11 @@ pub enum Error {
     #[error("the chat template cannot be applied: {what}")]
     Template { what: String },
 
+    /// A constraint: what is wrong with it, in which line and column of its text; or why nothing can
+    /// keep it.
+    #[error("`{syntax}`{}: {what}", place(*position))]
+    Grammar { syntax: &'static str, what: String, position: Option<(usize, usize)> },
+
     #[error("sampling failed: {what}")]
     Sampling { what: String },
 
@@ -126,9 +131,21 @@ impl Error {
         }
     }
 
+    pub fn grammar(
+        syntax: &'static str,
+        what: impl Into<String>,
+        position: Option<(usize, usize)>,
+    ) -> Error {
+        Error::Grammar { syntax, what: what.into(), position }
+    }
+
     pub fn internal(what: impl Into<String>) -> Error {
         Error::Internal { what: what.into() }
     }
+}
+
+fn place(position: Option<(usize, usize)>) -> String {
+    position.map_or(String::new(), |(line, column)| format!(" in line {line}, column {column}"))
 }
 
 fn mib(bytes: u64) -> String {

@@ -301,6 +301,12 @@ unsafe extern "C" {
         n_left: *mut i32,
         error: *mut ShimError,
     ) -> c_int;
+    pub(crate) fn ta_grammar_try(
+        grammar: *const c_char,
+        text: *const c_char,
+        verdict: *mut c_int,
+        error: *mut ShimError,
+    ) -> c_int;
     fn ta_throw(error: *mut ShimError) -> c_int;
 }
 

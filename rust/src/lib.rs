@@ -4,6 +4,7 @@
 //! py (feature "python")     plain values for Python, nothing else
 //!   ├─ chat                 messages → prompt, answer → content, reasoning and tool calls
 //!   └─ context              requests in, events out; one owner thread for each llama.cpp context
+//!        ├─ constraint      what an answer has to be
 //!        └─ model           open weights and vocabulary
 //!             └─ gguf, hardware, config, log, ffi (the shim) ─ error
 //! ```
@@ -13,6 +14,7 @@
 pub mod backend;
 pub mod chat;
 pub mod config;
+pub mod constraint;
 pub mod context;
 pub mod error;
 pub mod ffi;

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::sampler::Breakers;
 use crate::config::GenerationConfig;
+use crate::constraint::Guide;
 use crate::error::Error;
 
 #[allow(clippy::large_enum_variant)] // one is moved per request
@@ -46,6 +47,8 @@ pub struct Request {
     pub config: GenerationConfig,
     /// Of the strings in the config.
     pub breakers: Arc<Breakers>,
+    /// Of the constraint in the config.
+    pub guide: Option<Guide>,
     pub submitted: Instant,
     /// Where its events go: the context's own outbox, or that of a caller who waits for it alone.
     pub outbox: Arc<Outbox>,

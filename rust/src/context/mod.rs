@@ -27,6 +27,7 @@ use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use crate::config::{ContextConfig, GenerationConfig, KvType, Overflow};
+use crate::constraint::Guide;
 use crate::error::{Error, Result};
 use crate::gguf::Description;
 use crate::hardware::cpu;
@@ -331,6 +332,7 @@ impl Context {
         config.validate()?;
         let submitted = Instant::now();
         let breakers = self.check_vocabulary(&config)?;
+        let guide = self.guide(&config)?;
         let prompt = self.tokens_of(prompt, &config)?;
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "nothing", "at least one token"));
@@ -349,7 +351,7 @@ impl Context {
         }
         self.shared.entered_queue();
         add(&self.shared.meter.requests, 1);
-        let request = Request { id, prompt, dropped, config, breakers, submitted, outbox };
+        let request = Request { id, prompt, dropped, config, breakers, guide, submitted, outbox };
         commands.send(Command::Add(request)).map_err(|_| {
             self.shared.left_queue();
             let what = "the model of this context (its thread has ended)".into();
@@ -365,6 +367,15 @@ impl Context {
             0.0 => Ok(Arc::default()),
             _ => self.known_breakers.of(config, model.vocabulary()),
         }
+    }
+
+    /// What is wrong with a constraint is found out here, where it keeps nobody else waiting.
+    fn guide(&self, config: &GenerationConfig) -> Result<Option<Guide>> {
+        let Some(asked) = &config.constraint else { return Ok(None) };
+        let model = self.model()?;
+        let GenerationConfig { preserved_tokens, stop_tokens, .. } = config;
+        let vocabulary = Some(model.vocabulary());
+        model.constraints().guide(asked, preserved_tokens, stop_tokens, vocabulary).map(Some)
     }
 
     fn tokens_of(&self, prompt: Prompt, config: &GenerationConfig) -> Result<Vec<i32>> {

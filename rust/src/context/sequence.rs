@@ -40,6 +40,8 @@ pub struct Sequence {
     min_tokens: usize,
     ignores_end: bool,
     stop_tokens: Vec<i32>,
+    /// Control tokens that are part of the text.
+    written: Vec<i32>,
     n_ctx: usize,
     sampler: Sampler,
     logprobs: Option<Vec<TokenLogprobs>>,
@@ -62,7 +64,8 @@ struct Times {
 
 impl Sequence {
     pub fn new(request: Request, n_ctx: usize) -> Sequence {
-        let Request { id, prompt, dropped, mut config, breakers, submitted, outbox } = request;
+        let Request { id, prompt, dropped, mut config, breakers, guide, submitted, outbox } =
+            request;
         let stops = std::mem::take(&mut config.stop);
         let after = |time: Option<Duration>| time.and_then(|time| submitted.checked_add(time));
         Sequence {
@@ -86,7 +89,8 @@ impl Sequence {
             deadline: after(config.timeout),
             start_by: after(config.max_queue_wait),
             logprobs: config.logprobs.map(|_| Vec::new()),
-            sampler: Sampler::new(config, breakers, n_ctx),
+            written: std::mem::take(&mut config.preserved_tokens),
+            sampler: Sampler::new(config, breakers, n_ctx).guided_by(guide),
             tokens: prompt,
             n_ctx,
             text: TextStream::new(stops),
@@ -201,13 +205,20 @@ impl Sequence {
         self.num_generated += 1;
         self.news.tokens.push(token);
         let mut bytes = Vec::with_capacity(16);
-        if let Err(error) = runner.piece(token, &mut bytes) {
+        let piece = match self.written.contains(&token) {
+            true => runner.name(token, &mut bytes),
+            false => runner.piece(token, &mut bytes),
+        };
+        if let Err(error) = piece {
             return Some(Ending::Failed(error));
         }
         let (text, stop) = self.text.push(&bytes);
         self.news.text.push_str(&text);
         if stop.is_some() {
             return Some(Ending::Stop(stop));
+        }
+        if self.sampler.is_finished() {
+            return Some(Ending::Stop(None)); // nothing but the end could come
         }
         let is_at_the_end = self.is_full() && !self.shifts;
         (self.num_generated >= self.max_tokens || is_at_the_end).then_some(Ending::Length)

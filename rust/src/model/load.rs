@@ -12,6 +12,7 @@ use llama_cpp_sys_2 as sys;
 
 use super::{Model, start, tokenizer::Vocabulary};
 use crate::config::{ModelConfig, SplitMode};
+use crate::constraint::Constraints;
 use crate::error::{Error, Result};
 use crate::hardware::memory;
 use crate::{ffi, gguf, log};
@@ -62,6 +63,7 @@ pub(super) fn load(
         load_time: begun.elapsed(),
         process: std::process::id(),
         creating: Mutex::new(()),
+        constraints: Constraints::default(),
         contexts: Mutex::new(Vec::new()),
     }))
 }

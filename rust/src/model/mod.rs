@@ -10,6 +10,7 @@ use std::time::Duration;
 use llama_cpp_2::model::LlamaModel;
 
 use crate::config::{ContextConfig, ModelConfig};
+use crate::constraint::Constraints;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::gguf::Description;
@@ -30,6 +31,7 @@ pub struct Model {
     process: u32,
     /// llama.cpp writes to the model while a context of it is created.
     creating: Mutex<()>,
+    constraints: Constraints,
     contexts: Mutex<Vec<Weak<Context>>>,
 }
 
@@ -74,6 +76,11 @@ impl Model {
 
     pub fn vocabulary(&self) -> &Vocabulary {
         &self.vocabulary
+    }
+
+    /// What was found out about its tokens for constraints.
+    pub fn constraints(&self) -> &Constraints {
+        &self.constraints
     }
 
     pub fn config(&self) -> &ModelConfig {

@@ -10,7 +10,7 @@ use pyo3::types::{PyBool, PyDict, PyMapping, PyString};
 
 use super::error::exception;
 use super::hook;
-use crate::config::{GenerationConfig, Overflow, Priority};
+use crate::config::{Constraint, GenerationConfig, Overflow, Priority, Syntax, Trigger};
 use crate::context::message::Stats;
 use crate::context::{Distribution, Metrics, Prompt, SlotView};
 use crate::error::{Error, Result};
@@ -112,6 +112,22 @@ pub(super) fn set(
         "logprobs" => config.logprobs = Some(whole(name, value)?),
         "stop" => config.stop = strings(name, value)?,
         "stop_tokens" => config.stop_tokens = ids(name, value)?,
+        "grammar" | "regex" | "lark" | "json_schema" if value.is_none() => {}
+        "constraint" if value.is_none() => {}
+        "grammar" | "regex" | "lark" | "json_schema" | "constraint"
+            if config.constraint.is_some() =>
+        {
+            let allowed = "the only one of `grammar`, `regex`, `lark` and `json_schema`";
+            return Err(exception(&Error::invalid(name, "another one", allowed)));
+        }
+        "grammar" => config.constraint = Some(Constraint::new(Syntax::Gbnf, string(name, value)?)),
+        "regex" => config.constraint = Some(Constraint::new(Syntax::Regex, string(name, value)?)),
+        "lark" => config.constraint = Some(Constraint::new(Syntax::Lark, string(name, value)?)),
+        "json_schema" => {
+            config.constraint = Some(Constraint::new(Syntax::JsonSchema, string(name, value)?));
+        }
+        "constraint" => config.constraint = Some(constraint(value)?),
+        "preserved_tokens" => config.preserved_tokens = ids(name, value)?,
         "seed" => config.seed = whole(name, value)?,
         "ignore_eos" => config.ignore_eos = value.is_truthy()?,
         "min_tokens" => config.min_tokens = whole(name, value)?,
@@ -183,6 +199,75 @@ fn biases(value: &Bound<'_, PyAny>) -> PyResult<Vec<(i32, f32)>> {
         Ok((id, number(&format!("logit_bias[{id}]"), &bias)? as f32))
     };
     pairs.iter().map(bias).collect()
+}
+
+/// A mapping of `syntax`, `text`, and maybe `lazy`, `triggers` and `after`.
+fn constraint(value: &Bound<'_, PyAny>) -> PyResult<Constraint> {
+    let refused = |value: &Bound<'_, PyAny>, allowed| {
+        exception(&Error::invalid("constraint", shown(value), allowed))
+    };
+    let fields = value.cast::<PyMapping>().map_err(|_| refused(value, "a mapping"))?;
+    let mut asked = Constraint::new(Syntax::JsonSchema, "");
+    let mut syntax = None;
+    for pair in fields.items()?.iter() {
+        let (name, value): (String, Bound<'_, PyAny>) = pair.extract()?;
+        match name.as_str() {
+            "syntax" => {
+                syntax = match string("syntax", &value)?.as_str() {
+                    "json_schema" => Some(Syntax::JsonSchema),
+                    "regex" => Some(Syntax::Regex),
+                    "lark" => Some(Syntax::Lark),
+                    "gbnf" => Some(Syntax::Gbnf),
+                    _ => None,
+                };
+            }
+            "text" => asked.text = string("text", &value)?,
+            "lazy" => asked.lazy = value.is_truthy()?,
+            "triggers" => {
+                let triggers =
+                    value.try_iter().map_err(|_| refused(&value, "with a list of triggers"))?;
+                let triggers = triggers.map(|each| trigger(&each?));
+                asked.triggers = triggers.collect::<PyResult<_>>()?;
+            }
+            "after" if value.is_none() => {}
+            "after" => asked.after = Some(string("after", &value)?),
+            _ => {
+                return Err(refused(
+                    pair.as_any(),
+                    "one of `syntax`, `text`, `lazy`, `triggers`, `after`",
+                ));
+            }
+        }
+    }
+    let allowed = "of the `syntax` `json_schema`, `regex`, `lark` or `gbnf`";
+    asked.syntax = syntax.ok_or_else(|| refused(value, allowed))?;
+    Ok(asked)
+}
+
+fn trigger(value: &Bound<'_, PyAny>) -> PyResult<Trigger> {
+    let part = |name: &str| {
+        let allowed = "mappings of `type`, and `value` or `token`";
+        value
+            .get_item(name)
+            .map_err(|_| exception(&Error::invalid("triggers", shown(value), allowed)))
+    };
+    match string("type", &part("type")?)?.as_str() {
+        "token" => Ok(Trigger::Token(token(&part("token")?, "token")?)),
+        "word" => Ok(Trigger::Word(string("value", &part("value")?)?)),
+        "pattern" => Ok(Trigger::Pattern(string("value", &part("value")?)?)),
+        "pattern_full" => Ok(Trigger::PatternFull(string("value", &part("value")?)?)),
+        other => {
+            let allowed = "`word`, `token`, `pattern` or `pattern_full`";
+            Err(exception(&Error::invalid("the type of a trigger", other, allowed)))
+        }
+    }
+}
+
+fn string(name: &str, value: &Bound<'_, PyAny>) -> PyResult<String> {
+    match value.cast::<PyString>() {
+        Ok(string) => Ok(text(string)?.to_owned()),
+        Err(_) => Err(exception(&Error::invalid(name, shown(value), "a string"))),
+    }
 }
 
 fn seconds(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Option<Duration>> {

@@ -39,6 +39,11 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         }
         Error::Tokenization { .. } => "TokenizationError",
         Error::Template { .. } => "TemplateError",
+        Error::Grammar { syntax, position, .. } => {
+            facts.set_item("name", syntax)?;
+            facts.set_item("position", *position)?;
+            "GrammarError"
+        }
         Error::Sampling { .. } => "SamplingError",
         Error::LogitsHook { cause, .. } => {
             // What the caller's own function raised is what the caller gets.

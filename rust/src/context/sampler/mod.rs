@@ -4,6 +4,12 @@
 //!
 //! Unlike there, no list of the whole vocabulary is made where the first cut leaves little of it.
 //!
+//! A constraint is asked about the token that was chosen without it. Only where it refuses, which is
+//! seldom when the model has understood what is wanted, the choice is made again among all that it
+//! allows. A token that it allows comes with its own share of the first choice, and with its share of
+//! the second in the rest of the cases: together that is its share among the allowed ones, except that
+//! top-k and the other cuts have looked at all tokens first, as they do in llama.cpp.
+//!
 //! ```text
 //! row         one pass over the logits, and the quick ways to the best of them
 //! penalties   ┐ few tokens whose logits are not what the row says
@@ -24,6 +30,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::config::{GenerationConfig, LogitsHook};
+use crate::constraint::{Allowed, Guide};
 use crate::error::{Error, Result};
 use candidates::Candidates;
 use dry::Dry;
@@ -43,11 +50,14 @@ pub struct Sampler {
     mirostat: Mirostat,
     scan: Scan,
     changes: Changes,
+    /// What the caller's hook made of the row.
+    hooked: Vec<f32>,
     /// A copy of the row, where one is needed.
     row: Vec<f32>,
     candidates: Candidates,
     log_total: f32,
     top: Candidates,
+    guide: Option<Guide>,
 }
 
 impl Sampler {
@@ -65,12 +75,24 @@ impl Sampler {
             mirostat: Mirostat::new(&config),
             scan: Scan::default(),
             changes: Changes::default(),
+            hooked: Vec::new(),
             row: Vec::new(),
             candidates: Candidates::default(),
             log_total: 0.0,
             top: Candidates::default(),
+            guide: None,
             config,
         }
+    }
+
+    /// Chooses only what the constraint allows.
+    pub fn guided_by(self, guide: Option<Guide>) -> Sampler {
+        Sampler { guide, ..self }
+    }
+
+    /// Nothing but the end could come next.
+    pub fn is_finished(&self) -> bool {
+        self.guide.as_ref().is_some_and(Guide::is_finished)
     }
 
     /// The seed in use, also where a random one was asked for.
@@ -83,10 +105,19 @@ impl Sampler {
         &mut self,
         logits: &[f32],
         tokens: &[i32],
-        banned: impl IntoIterator<Item = i32>,
+        banned: impl IntoIterator<Item = i32> + Clone,
     ) -> Result<i32> {
-        self.prepare(logits, tokens, banned)?;
-        let (token, probability) = self.candidates.roll(&mut self.dice);
+        self.read(logits, tokens)?;
+        self.prepare(logits, tokens, banned.clone(), None)?;
+        let (mut token, mut probability) = self.candidates.roll(&mut self.dice);
+        if let Some(mut guide) = self.guide.take() {
+            if !guide.allows(token)? {
+                self.prepare(logits, tokens, banned, Some(&guide.allowed()?))?;
+                (token, probability) = self.candidates.roll(&mut self.dice);
+            }
+            guide.accept(token)?;
+            self.guide = Some(guide);
+        }
         self.mirostat.observe(probability);
         Ok(token)
     }
@@ -98,7 +129,8 @@ impl Sampler {
         tokens: &[i32],
         banned: impl IntoIterator<Item = i32>,
     ) -> Result<Vec<(i32, f32)>> {
-        self.prepare(logits, tokens, banned)?;
+        self.read(logits, tokens)?;
+        self.prepare(logits, tokens, banned, None)?;
         Ok(self.candidates.probabilities())
     }
 
@@ -110,40 +142,55 @@ impl Sampler {
         Some((logits[token as usize] - self.log_total, top.collect()))
     }
 
-    fn prepare(
-        &mut self,
-        logits: &[f32],
-        tokens: &[i32],
-        banned: impl IntoIterator<Item = i32>,
-    ) -> Result<()> {
+    /// What is done once per row: a look at all of it, and the caller's hook, which gets a copy.
+    fn read(&mut self, logits: &[f32], tokens: &[i32]) -> Result<()> {
         if !self.scan.read(logits) || logits.is_empty() {
             return Err(Error::internal(
                 "non-finite logits; the weights or the context are broken",
             ));
         }
         self.note_logprobs(logits);
+        if let Some(hook) = self.config.logits_hook.clone() {
+            self.hooked.clear();
+            self.hooked.extend_from_slice(logits);
+            call(&hook, tokens, &mut self.hooked)?;
+        }
+        Ok(())
+    }
+
+    /// Fills the candidates. It is done again where a constraint leaves other tokens to choose from.
+    fn prepare(
+        &mut self,
+        logits: &[f32],
+        tokens: &[i32],
+        banned: impl IntoIterator<Item = i32>,
+        allowed: Option<&Allowed>,
+    ) -> Result<()> {
+        let hooked = std::mem::take(&mut self.hooked);
         let mut copy = std::mem::take(&mut self.row);
-        let hook = self.config.logits_hook.clone();
-        let mut row = logits;
-        if let Some(hook) = &hook {
+        let given = if self.config.logits_hook.is_some() { &hooked } else { logits };
+        let mut row = given;
+        if let Some(allowed) = allowed {
             copy.clear();
-            copy.extend_from_slice(logits);
-            call(hook, tokens, &mut copy)?;
-            self.scan.read(&copy);
+            copy.extend_from_slice(given);
+            allowed.apply(&mut copy);
             row = &copy;
+        }
+        if allowed.is_some() || self.config.logits_hook.is_some() {
+            self.scan.read(row);
         }
         self.adjust(row, tokens, banned);
         if self.needs_whole_row() {
-            if hook.is_none() {
+            if allowed.is_none() {
                 copy.clear();
-                copy.extend_from_slice(logits);
+                copy.extend_from_slice(given);
             }
             self.changes.settle(&mut copy);
             self.scan.read(&copy);
             row = &copy;
         }
         let done = self.cut(row);
-        self.row = copy;
+        (self.row, self.hooked) = (copy, hooked);
         done
     }
 
