@@ -14,6 +14,16 @@ MAY_IMPORT = {
     "results": set(),
     "params": {"errors"},
     "metrics": set(),
+    "_json": set(),
+    "_json_schema": {"_json"},
+    "_kinds": {"_json", "_json_schema", "errors"},
+    "schema": {"_json", "_json_schema", "_kinds", "errors"},
+    "_docstring": set(),
+    "tools": {"_docstring", "_json", "_kinds", "errors"},
+    "tool_loop": {
+        *("_prompt", "errors", "params", "tools"),
+        *("model", "results"),  # for type checkers only
+    },
     "pin": {"_courier"},
     "_cache": set(),
     "_native": {"_cache", "_core", "errors"},
