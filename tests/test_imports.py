@@ -16,10 +16,12 @@ MAY_IMPORT = {
     "metrics": set(),
     "_json": set(),
     "_json_schema": {"_json"},
-    "_kinds": {"_json", "_json_schema", "errors"},
-    "schema": {"_json", "_json_schema", "_kinds", "errors"},
+    "_kinds": {"_json", "_json_schema"},
+    "_pydantic": {"_kinds", "errors"},
+    "_hints": {"_kinds", "_pydantic", "errors"},
+    "schema": {"_hints", "_json", "_json_schema", "_kinds", "errors"},
     "_docstring": set(),
-    "tools": {"_docstring", "_json", "_kinds", "errors"},
+    "tools": {"_docstring", "_hints", "_json", "_kinds", "errors"},
     "tool_loop": {
         *("_prompt", "errors", "params", "tools"),
         *("model", "results"),  # for type checkers only

@@ -15,9 +15,10 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from ._hints import Kinds
 from ._json import UnfinishedJson, must_be, read
 from ._json_schema import one_of
-from ._kinds import MISSING, Anything, Choice, Kind, Kinds
+from ._kinds import MISSING, Anything, Choice, Kind
 from .errors import InvalidRequestError
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ._docstring import Docstring
+from ._hints import Kinds, description_of
 from ._json import Mismatch, must_be, read
-from ._kinds import MISSING, Anything, Field, Kinds, Record, description_of
+from ._kinds import MISSING, Anything, Field, Record
 from .errors import InvalidRequestError
 
 Bind = Callable[[Any], Callable[[], Any]]
