@@ -514,7 +514,7 @@ def test_an_answer_grows_the_same_in_pieces_of_any_size(ensure_ascii: bool, inde
     assert seen[-1] == whole
     known = [city for city in seen if city is not None]
     for before, after in zip(known, known[1:], strict=False):
-        assert after.name.startswith(before.name or "") if after.name else before.name is None
+        assert (after.name or "").startswith(before.name or "")
         assert len(after.sights) >= len(before.sights)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,7 +83,7 @@ class ToolRun:
 def run_tools(
     model: Model,
     messages: Messages,
-    tools: Iterable[Any],
+    tools: Sequence[Any],
     *,
     max_rounds: int = 8,
     tool_timeout_s: float | None = None,
@@ -113,7 +113,7 @@ def run_tools(
 async def arun_tools(
     model: AsyncModel,
     messages: Messages,
-    tools: Iterable[Any],
+    tools: Sequence[Any],
     *,
     max_rounds: int = 8,
     tool_timeout_s: float | None = None,
@@ -153,7 +153,7 @@ class _Rounds:
     def __init__(
         self,
         messages: Messages,
-        tools: Iterable[Any],
+        tools: Sequence[Any],
         max_rounds: int,
         timeout_s: float | None,
         fields: Mapping[str, Any],

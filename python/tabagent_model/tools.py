@@ -17,7 +17,7 @@ import functools
 import inspect
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ class Tool:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            allowed = "1 to 64 letters, digits, `_` and `-`"
+            allowed = "1 to 128 letters, digits and `_.:-`"
             raise _refusal(f"a tool's name must be {allowed}, got {self.name!r:.80}")
         if not isinstance(self.description, str):
             raise _refusal(f"`{self.name}`: a description must be text")
@@ -109,15 +109,16 @@ class Tool:
 
     @property
     def _is_async(self) -> bool:
-        function = inspect.unwrap(self.function) if self.function else None
-        called = getattr(type(function), "__call__", None)  # noqa: B004 - the method is wanted
-        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+        called = getattr(type(self.function), "__call__", None)  # noqa: B004 - the method itself
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(called)
 
 
-def tools_of(given: Iterable[Any]) -> list[Tool]:
+def tools_of(given: Sequence[Any]) -> list[Tool]:
     """Tools of whatever `Tool.of` takes."""
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence):
         raise _refusal(f"`tools` must be a list of functions or dicts, got {given!r:.60}")
+    if len(given) > _MOST_TOOLS:
+        raise _refusal(f"`tools` must be at most {_MOST_TOOLS}, got {len(given)}")
     tools = [Tool.of(each) for each in given]
     names = [tool.name for tool in tools]
     for name in names:
@@ -182,6 +183,8 @@ def _of_class(given: Any) -> Tool:
     kinds = Kinds("tools")
     kind = kinds.of(given, given.__name__)
     schema = {**kinds.schema(kind)}
+    if name := schema.pop("$ref", "").rpartition("/")[2]:  # it has itself inside
+        schema = {**schema["$defs"][name], **schema}
     said = schema.pop("description", "")
     schema.pop("title", None)
 
@@ -274,5 +277,6 @@ def _refusal(message: str) -> InvalidRequestError:
     return InvalidRequestError(message, name="tools")
 
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_MOST_TOOLS = 128
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
