@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "_hints": {"_kinds", "_pydantic", "errors"},
     "schema": {"_hints", "_json", "_json_schema", "_kinds", "errors"},
     "_docstring": set(),
-    "tools": {"_docstring", "_hints", "_json", "_kinds", "errors"},
+    "tools": {"_docstring", "_hints", "_json", "_kinds", "_prompt", "errors"},
     "tool_loop": {
         *("_prompt", "errors", "params", "tools"),
         *("model", "results"),  # for type checkers only
@@ -31,19 +31,20 @@ MAY_IMPORT = {
     "_native": {"_cache", "_core", "errors"},
     "_attention": {"_cache", "_native", "errors"},
     "_log": {"_core"},
-    "_courier": {"errors", "results"},
+    "_courier": {"errors", "results", "schema"},  # the schema for type checkers only
     "_prompt": {"errors"},
-    "stream": {"_courier", "errors", "results"},
+    "_options": {"_prompt", "errors", "schema", "tools"},
+    "stream": {"_courier", "errors", "results", "schema"},  # the schema for type checkers only
     "_crowd": {"_courier", "errors", "results", "stream"},
     "_loading": {"_core", "_courier", "_log", "_native", "errors", "params", "stream"},
     "_session_file": {"_core", "errors", "model"},  # the model for type checkers only
     "chat": {
-        *("_courier", "_prompt", "_session_file", "errors"),
+        *("_courier", "_options", "_prompt", "_session_file", "errors"),
         *("model", "params", "results", "stream"),  # the model for type checkers only
     },
     "model": {
-        *("_core", "_courier", "_crowd", "_loading", "_log", "_prompt"),
-        *("chat", "errors", "metrics", "params", "pin", "results", "stream"),
+        *("_core", "_courier", "_crowd", "_loading", "_log", "_options", "_prompt"),
+        *("chat", "errors", "metrics", "params", "pin", "results", "stream", "tool_loop"),
     },
     "testing": {"errors", "params", "results"},
 }

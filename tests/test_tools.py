@@ -301,20 +301,20 @@ def lost_hint(number: Nowhere): ...  # type: ignore[name-defined]  # noqa: F821
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("get_weather", "`tools` must be a list of functions or dicts"),
-        ({"name": "a"}, "`tools` must be a list of functions or dicts"),
-        (get_weather, "`tools` must be a list of functions or dicts"),
-        ([5], "5 is no tool"),
-        ([get_weather, get_weather], "there are 2 tools with the name `get_weather`"),
-        ([{"type": "retrieval"}], "must have the type `function`"),
-        ([{"type": "function", "function": 5}], "must have the type `function`"),
-        ([{"name": "a b"}], "a tool's name must be 1 to 128 letters"),
-        ([{"description": "a"}], "a tool's name must be 1 to 128 letters.* got None"),
-        ([{"name": "a", "description": 5}], "`a`: a description must be text"),
-        ([{"name": "a", "parameters": [5]}], "`a`: the parameters must be a JSON schema"),
-        ([{"name": "a", "parameters": {"a": object()}}], "`a`: the parameters are no JSON"),
-        ([{"name": "a", "parameters": {"a": "\ud800"}}], "`a`: the parameters are no JSON"),
-        ([lambda city: city], "a lambda has no name to call it by"),
+        ("get_weather", "`tools` must be a list of tools, got 'get_weather'"),
+        ({"name": "a"}, "`tools` must be a list of tools"),
+        (get_weather, "`tools` must be a list of tools"),
+        ([{"name": "a"}] * 129, "`tools` must be at most 128 tools"),
+        ([get_weather, 5], r"`tools\[1\]` must be a function, or a mapping with a `function`, got 5"),
+        ([get_weather, get_weather], "`tools` must be tools of different names"),
+        ([{"type": "retrieval"}], r"`tools\[0\]` must be a function, or a mapping"),
+        ([{"type": "function", "function": 5}], r"`tools\[0\]` must be a function, or a mapping"),
+        ([{"name": "a b"}], r"`tools\[0\]\.function\.name` must be 1 to 128 letters"),
+        ([{"description": "a"}], r"`tools\[0\]\.function\.name` must be .* got None"),
+        ([{"name": "a", "description": 5}], r"`tools\[0\]\.function\.description` must be text"),
+        ([{"name": "a", "parameters": [5]}], r"function\.parameters` must be a JSON schema"),
+        ([{"name": "a", "parameters": {"a": object()}}], "must hold what JSON can hold"),
+        ([lambda city: city], "a lambda has no name"),
         ([unhinted_type], r"type `complex` \(at `unhinted_type\.number`\)"),
         ([lost_hint], "type hints of `lost_hint` cannot be read.*Nowhere"),
     ],
@@ -323,4 +323,9 @@ def lost_hint(number: Nowhere): ...  # type: ignore[name-defined]  # noqa: F821
 def test_what_is_no_tool_is_refused(given: Any, message: str):
     with pytest.raises(InvalidRequestError, match=message) as caught:
         tools_of(given)
-    assert caught.value.name == "tools"
+    assert caught.value.name.startswith("tools")
+
+
+def test_a_tool_of_ones_own_is_checked_too():
+    with pytest.raises(InvalidRequestError, match="`Tool.function` must be a function or None"):
+        Tool("a", function=5)  # type: ignore[arg-type]

@@ -55,7 +55,10 @@ from .results import (
     ToolCallDelta,
     Usage,
 )
+from .schema import Schema
 from .stream import AsyncChatStream, AsyncTextStream, ChatStream, TextStream
+from .tool_loop import ToolEvent, ToolResult, ToolRun
+from .tools import Tool
 
 _core = _native.core
 PyContext = _core.PyContext
@@ -102,6 +105,7 @@ __all__ = [
     "QueueFullError",
     "QueueTimeoutError",
     "SamplingError",
+    "Schema",
     "Session",
     "SessionFileError",
     "TabAgentModelError",
@@ -109,8 +113,12 @@ __all__ = [
     "TextStream",
     "TokenLogprob",
     "TokenizationError",
+    "Tool",
     "ToolCall",
     "ToolCallDelta",
+    "ToolEvent",
+    "ToolResult",
+    "ToolRun",
     "UnreadableModelError",
     "UnsupportedModelError",
     "Usage",

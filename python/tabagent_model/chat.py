@@ -335,10 +335,9 @@ class Chat(Asked):
         schema = self._options.schema
         if schema is None or not isinstance(completion, ChatCompletion):
             return super().end(completion)
-        try:
-            parsed, error = schema.parse(completion.content), completion.parse_error
-        except ValueError as wrong:
-            parsed, error = None, str(wrong)
+        is_cut_short = completion.finish_reason in ("length", "cancelled")
+        parsed, error = schema.outcome(completion.content, is_cut_short)
+        error = error or completion.parse_error
         return super().end(replace(completion, parsed=parsed, parse_error=error))
 
     def _constraint(self, prompt: ChatPrompt) -> dict[str, Any] | None:

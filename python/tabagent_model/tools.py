@@ -25,6 +25,7 @@ from ._docstring import Docstring
 from ._hints import Kinds, description_of
 from ._json import Mismatch, must_be, read
 from ._kinds import MISSING, Anything, Field, Record
+from ._prompt import json_text, sound_text
 from .errors import InvalidRequestError
 
 Bind = Callable[[Any], Callable[[], Any]]
@@ -43,30 +44,24 @@ class Tool:
     """Makes a call of JSON arguments; without it they are checked and given as keywords."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            allowed = "1 to 128 letters, digits and `_.:-`"
-            raise _refusal(f"a tool's name must be {allowed}, got {self.name!r:.80}")
-        if not isinstance(self.description, str):
-            raise _refusal(f"`{self.name}`: a description must be text")
-        if not isinstance(self.parameters, Mapping):
-            raise _refusal(f"`{self.name}`: the parameters must be a JSON schema of an object")
+        parameters = _checked("Tool", self.name, self.description, self.parameters)
         if self.function is not None and not callable(self.function):
-            raise _refusal(f"`{self.name}`: {self.function!r:.40} is no function")
-        object.__setattr__(self, "parameters", _plain(self.name, self.parameters))
+            raise _bad("Tool.function", "a function or None", self.function)
+        object.__setattr__(self, "parameters", parameters)
 
     @classmethod
-    def of(cls, given: Any) -> Tool:
+    def of(cls, given: Any, place: str = "tool") -> Tool:
         """A function or another callable, a tool in OpenAI's shape, or a class with fields: what
         is called then is the class, and what comes back is an object of it."""
         if isinstance(given, Tool):
             return given
         if isinstance(given, Mapping):
-            return _of_mapping(given)
+            return _of_mapping(given, place)
         if isinstance(given, type) and _has_fields(given):
             return _of_class(given)
         if callable(given):
             return _of_function(given)
-        raise _refusal(f"{given!r:.60} is no tool: neither a function nor a dict")
+        raise _bad(place, "a function, or a mapping with a `function`", given)
 
     def to_dict(self) -> dict[str, Any]:
         """In OpenAI's shape."""
@@ -76,7 +71,8 @@ class Tool:
     def bound(self, arguments: str | Mapping[str, Any]) -> Callable[[], Any]:
         """The call with these arguments, as JSON; an InvalidRequestError names what is wrong."""
         if self.function is None:
-            raise _refusal(f"`{self.name}` has no function to call")
+            message = f"`{self.name}` has no function to call"
+            raise InvalidRequestError(message, name="tools")
         try:
             given = arguments
             if isinstance(arguments, str):
@@ -116,14 +112,14 @@ class Tool:
 def tools_of(given: Sequence[Any]) -> list[Tool]:
     """Tools of whatever `Tool.of` takes."""
     if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence):
-        raise _refusal(f"`tools` must be a list of functions or dicts, got {given!r:.60}")
+        raise _bad("tools", "a list of tools", given)
     if len(given) > _MOST_TOOLS:
-        raise _refusal(f"`tools` must be at most {_MOST_TOOLS}, got {len(given)}")
-    tools = [Tool.of(each) for each in given]
+        raise _bad("tools", f"at most {_MOST_TOOLS} tools", f"{len(given)} of them")
+    tools = [Tool.of(each, f"tools[{index}]") for index, each in enumerate(given)]
     names = [tool.name for tool in tools]
     for name in names:
         if names.count(name) > 1:
-            raise _refusal(f"there are {names.count(name)} tools with the name `{name}`")
+            raise _bad("tools", "tools of different names", f"{name!r} twice")
     return tools
 
 
@@ -166,16 +162,15 @@ async def _awaited(result: Any) -> Any:
 # ---------------------------------------------------------------- what is made a tool of
 
 
-def _of_mapping(given: Mapping[str, Any]) -> Tool:
+def _of_mapping(given: Mapping[str, Any], place: str) -> Tool:
     """OpenAI's shape, or what stands under its `function`."""
     function = given.get("function", given)
     if not isinstance(function, Mapping) or given.get("type", "function") != "function":
-        raise _refusal(f"a tool as a dict must have the type `function`, got {dict(given)!r:.60}")
-    return Tool(
-        function.get("name"),  # type: ignore[arg-type] - checked there
-        function.get("description") or "",
-        function.get("parameters") or {**_NO_PARAMETERS},
-    )
+        raise _bad(place, "a function, or a mapping with a `function`", given)
+    name, description = function.get("name"), function.get("description") or ""
+    parameters = function.get("parameters") or _NO_PARAMETERS
+    parameters = _checked(f"{place}.function", name, description, parameters)
+    return Tool(str(name), description, parameters)
 
 
 def _of_class(given: Any) -> Tool:
@@ -199,7 +194,8 @@ def _of_function(given: Callable[..., Any]) -> Tool:
     function, bound_names = _unwrapped(given)
     name = getattr(function, "__name__", type(function).__name__)
     if name == "<lambda>":
-        raise _refusal("a lambda has no name to call it by; use `Tool(name=…, function=…)`")
+        message = "a lambda has no name that the model could call it by"
+        raise InvalidRequestError(message, hint="use `Tool(name=…, function=…)`", name="tools")
     told = Docstring.of(inspect.getdoc(function if hasattr(function, "__name__") else given))
     kinds = Kinds("tools")
     parameters = [each for each in _parameters_of(given, name) if each.name not in bound_names]
@@ -244,7 +240,9 @@ def _parameters_of(function: Callable[..., Any], name: str) -> list[inspect.Para
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        raise _refusal(f"`{name}` does not tell its parameters; use `Tool(…)`") from None
+        message = f"`{name}` does not tell its parameters"
+        hint = "use `Tool(name=…, parameters=…, function=…)`"
+        raise InvalidRequestError(message, hint=hint, name="tools") from None
     return [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
 
 
@@ -260,21 +258,23 @@ def _has_fields(given: type) -> bool:
     return any(hasattr(given, mark) for mark in marks)
 
 
-def _plain(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy that is JSON, whatever becomes of the original."""
+def _checked(place: str, name: Any, description: Any, parameters: Any) -> dict[str, Any]:
+    """The parameters as a copy that is JSON, whatever becomes of the original."""
     import json
 
-    try:
-        text = json.dumps(parameters, ensure_ascii=False, allow_nan=False, default=dict)
-        text.encode()
-        copied: dict[str, Any] = json.loads(text)
-        return copied
-    except (TypeError, ValueError, RecursionError) as error:
-        raise _refusal(f"`{name}`: the parameters are no JSON: {error}") from None
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise _bad(f"{place}.name", "1 to 128 letters, digits and `_.:-`", name)
+    if not isinstance(description, str):
+        raise _bad(f"{place}.description", "text", description)
+    sound_text(description)
+    if not isinstance(parameters, Mapping):
+        raise _bad(f"{place}.parameters", "a JSON schema of an object", parameters)
+    copied: dict[str, Any] = json.loads(json_text(parameters, f"{place}.parameters"))
+    return copied
 
 
-def _refusal(message: str) -> InvalidRequestError:
-    return InvalidRequestError(message, name="tools")
+def _bad(name: str, allowed: str, got: object) -> InvalidRequestError:
+    return InvalidRequestError(f"`{name}` must be {allowed}, got {got!r:.60}", name=name)
 
 
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
