@@ -104,7 +104,9 @@ async def test_calls_are_answered_until_the_model_stops(face: MakeFace):
 
 
 async def test_a_conversation_can_go_on_after_calls(face: MakeFace):
-    spoken = face(Speaker([("double", {"number": 1})], "Two.", [("double", {"number": 2})], "Four."))
+    spoken = face(
+        Speaker([("double", {"number": 1})], "Two.", [("double", {"number": 2})], "Four.")
+    )
     done = await run_tools(spoken, [double])
     messages = [*done.messages, {"role": "user", "content": "Again!"}]
     again = await spoken.call("run_tools", messages, [double])

@@ -71,7 +71,9 @@ class Place:
     country: Optional[str] = None  # noqa: UP045 - the old way counts, too
 
 
-def go(places: list[Place], /, by: Literal["car", "train"] | None = None, *rest, fast=False, **more):
+def go(
+    places: list[Place], /, by: Literal["car", "train"] | None = None, *rest, fast=False, **more
+):
     return [places, by, fast]
 
 
@@ -275,11 +277,11 @@ async def test_arguments_become_objects_of_the_hinted_types(
         (get_weather, "[" * 100_000, "arguments", "nested too deeply"),
         (get_weather, "{}", "city", "`city` is missing"),
         (get_weather, '{"city": 5}', "city", "`city` must be a string, got 5"),
-        (get_weather, '{"city": "a", "days": "3"}', "days", '`days` must be a whole number, got "3"'),
+        (get_weather, '{"city": "a", "days": "3"}', "days", "`days` must be a whole number, got"),
         (get_weather, '{"city": "a", "unit": "K"}', "unit", '`unit` must be one of "C", "F"'),
         (get_weather, '{"town": "a"}', "town",
          "`town` is no field here; there are `city`, `days`, `unit`"),
-        (go, '{"places": [{"name": "a"}, {}]}', r"places[1].name", r"`places\[1\].name` is missing"),
+        (go, '{"places": [{"name": "a"}, {}]}', "places[1].name", r"`places\[1\].name` is miss"),
         (Account, '{"name": "Ann", "money": -1}', "money", "`money` was refused: Input should be"),
         (Tool("t", parameters={"required": ["a"]}, function=print), "{}", "a", "`a` is missing"),
         ({"name": "b"}, "{}", "tools", "`b` has no function to call"),
@@ -305,7 +307,10 @@ def lost_hint(number: Nowhere): ...  # type: ignore[name-defined]  # noqa: F821
         ({"name": "a"}, "`tools` must be a list of tools"),
         (get_weather, "`tools` must be a list of tools"),
         ([{"name": "a"}] * 129, "`tools` must be at most 128 tools"),
-        ([get_weather, 5], r"`tools\[1\]` must be a function, or a mapping with a `function`, got 5"),
+        (
+            [get_weather, 5],
+            r"`tools\[1\]` must be a function, or a mapping with a `function`, got 5",
+        ),
         ([get_weather, get_weather], "`tools` must be tools of different names"),
         ([{"type": "retrieval"}], r"`tools\[0\]` must be a function, or a mapping"),
         ([{"type": "function", "function": 5}], r"`tools\[0\]` must be a function, or a mapping"),
@@ -327,5 +332,5 @@ def test_what_is_no_tool_is_refused(given: Any, message: str):
 
 
 def test_a_tool_of_ones_own_is_checked_too():
-    with pytest.raises(InvalidRequestError, match="`Tool.function` must be a function or None"):
+    with pytest.raises(InvalidRequestError, match=r"`Tool\.function` must be a function"):
         Tool("a", function=5)  # type: ignore[arg-type]

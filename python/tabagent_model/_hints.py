@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import enum
 import inspect
-import math
 import pathlib
 import types
 import typing
@@ -65,7 +64,7 @@ class Kinds:
         if isinstance(hint, typing.NewType):
             return self.of(hint.__supertype__, where)
         if type(hint).__name__ == "TypeAliasType":
-            return self.of(hint.__value__, where)
+            return self.of(hint.__value__, where)  # type: ignore[attr-defined]
         if _last_name(origin) in ("Required", "NotRequired", "ReadOnly"):
             return self.of(arguments[0], where)
         if origin is Literal:
@@ -244,7 +243,7 @@ def _with_offset(text: str) -> str:
     return f"{text[:-1]}+00:00" if text[-1:] in ("Z", "z") else text
 
 
-_PLAIN = {
+_PLAIN: dict[Any, str] = {
     **{str: "string", int: "integer", float: "number", bool: "boolean"},
     **{None: "null", type(None): "null"},
 }

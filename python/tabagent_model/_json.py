@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 
-class Mismatch(ValueError):
+class Mismatch(ValueError):  # noqa: N818 - said of a value, not of the program
     """A value is not what was asked for; the message names the place, the rule and the value."""
 
     def __init__(self, where: str, rule: str) -> None:

@@ -8,9 +8,12 @@ for ever here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._json import Mismatch, must_be, shown
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 
 def check(value: Any, schema: Any, where: str = "") -> None:
@@ -21,6 +24,10 @@ def check(value: Any, schema: Any, where: str = "") -> None:
         raise Mismatch(where, "is nested too deeply to be checked") from None
 
 
+class _TooLong(Mismatch):
+    """Nobody knows whether it fits."""
+
+
 class _Check:
     def __init__(self, root: Any) -> None:
         self._root = root
@@ -29,7 +36,7 @@ class _Check:
     def value(self, value: Any, schema: Any, where: str) -> None:
         self._steps += 1
         if self._steps > _MOST_STEPS:  # alternatives in alternatives double with each level
-            raise Mismatch(where, f"takes more than {_MOST_STEPS} steps to be checked")
+            raise _TooLong(where, f"takes more than {_MOST_STEPS} steps to be checked")
         if schema is False:
             raise Mismatch(where, "is not allowed here")
         if not isinstance(schema, Mapping):
@@ -64,6 +71,8 @@ class _Check:
     def _mismatch(self, value: Any, schema: Any, where: str) -> Mismatch | None:
         try:
             self.value(value, schema, where)
+        except _TooLong:
+            raise
         except Mismatch as error:
             return error
         return None
@@ -146,7 +155,7 @@ class JsonKind:
         self.words, self.fits = words, fits
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

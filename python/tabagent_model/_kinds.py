@@ -235,12 +235,13 @@ class Record(Kind):
         self._fields, self._make, self._fills_in = fields, make, fills_in
 
     def read(self, value: Any, where: str = "") -> Any:
-        check_names(_object(value, where), self._fields, where)
-        values = {}
+        known = [name for name in self._fields if name in _object(value, where)]
+        values = {
+            name: self._fields[name].kind.read(value[name], inside(where, name)) for name in known
+        }
+        check_names(value, self._fields, where)
         for name, field in self._fields.items():
-            if name in value:
-                values[name] = field.kind.read(value[name], inside(where, name))
-            elif field.is_required:
+            if field.is_required and name not in value:
                 raise Mismatch(inside(where, name), "is missing")
         return self._made(values, where)
 

@@ -648,7 +648,7 @@ class AsyncModel(_Base):
         on_event: OnEvent | None = None,
         **fields: Unpack[ToolRunFields],
     ) -> ToolRun:
-        """As `Model.run_tools`. `on_event` may be `async`; cancelling the task cancels the calls."""
+        """As `Model.run_tools`. `on_event` may be `async`; cancelling the task ends the calls."""
         return await arun_tools(
             self,
             messages,

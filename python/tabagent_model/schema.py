@@ -1,10 +1,10 @@
 """What an answer must look like: the constraint for the engine, and the way back to an object.
 
-    Schema.of(City)                    a dataclass, TypedDict, NamedTuple, pydantic model or adapter
-    Schema.of(list[City] | None)       …and what can be built of them, Literal, Enum and plain types
-    Schema.of(["yes", "no"])           one of these texts
-    Schema.of({"type": "object"})      a JSON schema: the answer is what its JSON says
-    Schema.of({"regex": "[a-z]+"})     or {"lark": …}, {"grammar": …}: the answer is the text
+Schema.of(City)                    a dataclass, TypedDict, NamedTuple, pydantic model or adapter
+Schema.of(list[City] | None)       …and what can be built of them, Literal, Enum and plain types
+Schema.of(["yes", "no"])           one of these texts
+Schema.of({"type": "object"})      a JSON schema: the answer is what its JSON says
+Schema.of({"regex": "[a-z]+"})     or {"lark": …}, {"grammar": …}: the answer is the text
 """
 
 from __future__ import annotations

@@ -309,13 +309,13 @@ def _told(value: Any) -> str:
     """What a function gave, as the model reads it: text as it is, everything else as JSON."""
     import json
 
-    text = value
-    if not isinstance(value, str):
-        try:
-            text = json.dumps(value, ensure_ascii=False, default=_plain)
-        except (TypeError, ValueError, RecursionError):
-            text = str(value)
-    return text.encode(errors="replace").decode()  # half a character is no text for the model
+    try:
+        is_text = isinstance(value, str)
+        text = value if is_text else json.dumps(value, ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError, RecursionError):
+        text = str(value)
+    told: str = text.encode(errors="replace").decode()  # half a character is no text for the model
+    return told
 
 
 def _told_error(error: BaseException | str) -> str:

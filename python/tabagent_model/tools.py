@@ -248,7 +248,7 @@ def _parameters_of(function: Callable[..., Any], name: str) -> list[inspect.Para
 
 def _hints_of(function: Callable[..., Any], kinds: Kinds, name: str) -> dict[str, Any]:
     if isinstance(function, type):
-        return kinds.hints(function.__init__, name)
+        return kinds.hints(function.__init__, name)  # type: ignore[misc]
     is_plain = inspect.isroutine(function)
     return kinds.hints(function if is_plain else type(function).__call__, name)
 

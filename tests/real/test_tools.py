@@ -58,7 +58,12 @@ def test_a_function_is_called_and_its_result_told(
 ):
     run = model.run_tools(question, tools, temperature=0)
     assert (run.answer.content, run.rounds, run.outcome) == (expected, 2, "stop")
-    assert [message["role"] for message in run.messages] == ["user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in run.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
 
 
 async def test_a_function_is_called_from_an_event_loop():
