@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._prompt import json_text, sound_text
 from .errors import InvalidRequestError
-from .schema import Schema
-from .tools import tools_of
+
+if TYPE_CHECKING:
+    from .schema import Schema
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class ChatOptions:
         for each in fields(self):
             if getattr(self, each.name) is None and each.name in _DEFAULTS:
                 self._put(each.name, _DEFAULTS[each.name])
-        self._put("tools", tuple(tool.to_dict() for tool in tools_of(self.tools)))
+        if self.tools != ():
+            from .tools import tools_of
+
+            self._put("tools", tuple(tool.to_dict() for tool in tools_of(self.tools)))
         self._choose_tool()
         for name in ("enable_thinking", "continue_final_message", "parallel_tool_calls"):
             if not isinstance(getattr(self, name), (bool, NoneType)):
@@ -50,6 +54,8 @@ class ChatOptions:
             raise _bad("chat_template_kwargs", allowed, sorted(kwargs))
         self._put("template", _template(self.template))
         if self.schema is not None:
+            from .schema import Schema
+
             self._put("schema", Schema.of(self.schema))
         if self.schema is not None and self.tools and self.tool_choice != "none":
             message = "`schema` and `tools` both say how an answer looks; give one of them"

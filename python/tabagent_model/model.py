@@ -53,13 +53,13 @@ from .stream import (
     TextStream,
     settle,
 )
-from .tool_loop import OnEvent, ToolRun, arun_tools, run_tools
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from ._core import PyModel, UnloadReport
     from .chat import ChatPrompt
+    from .tool_loop import OnEvent, ToolRun
 
 T = TypeVar("T")
 OnToken = Callable[[str], Any]
@@ -440,6 +440,8 @@ class Model(_Base):
         `on_event` gets each step as a ToolEvent; if it returns False, that was the last.
         `tool_choice` holds for the first answer.
         """
+        from .tool_loop import run_tools
+
         return run_tools(
             self,
             messages,
@@ -649,6 +651,8 @@ class AsyncModel(_Base):
         **fields: Unpack[ToolRunFields],
     ) -> ToolRun:
         """As `Model.run_tools`. `on_event` may be `async`; cancelling the task ends the calls."""
+        from .tool_loop import arun_tools
+
         return await arun_tools(
             self,
             messages,

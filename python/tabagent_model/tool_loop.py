@@ -294,8 +294,8 @@ def _from_outside(rounds: _Rounds) -> Generator[ToolResult, None, None]:
         loop.close()
         arrived.put(end)
 
-    threading.Thread(target=run_loop, name="tabagent-tools", daemon=True).start()
-    try:
+    try:  # already here: Ctrl-C may strike while the thread starts
+        threading.Thread(target=run_loop, name="tabagent-tools", daemon=True).start()
         while isinstance(news := arrived.get(), ToolResult):
             yield news
         if news is not None:
