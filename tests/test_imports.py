@@ -14,15 +14,27 @@ MAY_IMPORT = {
     "results": set(),
     "params": {"errors"},
     "metrics": set(),
+    "_json": set(),
+    "_json_schema": {"_json"},
+    "_kinds": {"_json", "_json_schema"},
+    "_pydantic": {"_kinds", "errors"},
+    "_hints": {"_kinds", "_pydantic", "errors"},
+    "schema": {"_hints", "_json", "_json_schema", "_kinds", "errors"},
+    "_docstring": set(),
+    "tools": {"_docstring", "_hints", "_json", "_kinds", "_prompt", "errors"},
+    "tool_loop": {
+        *("_prompt", "errors", "params", "tools"),
+        *("model", "results"),  # for type checkers only
+    },
     "pin": {"_courier"},
     "_cache": set(),
     "_native": {"_cache", "_core", "errors"},
     "_attention": {"_cache", "_native", "errors"},
     "_log": {"_core"},
-    "_courier": {"errors", "results"},
+    "_courier": {"errors", "results", "schema"},  # the schema for type checkers only
     "_prompt": {"errors"},
-    "_options": {"_prompt", "errors"},
-    "stream": {"_courier", "errors", "results"},
+    "_options": {"_prompt", "errors", "schema", "tools"},
+    "stream": {"_courier", "errors", "results", "schema"},  # the schema for type checkers only
     "_crowd": {"_courier", "errors", "results", "stream"},
     "_loading": {"_core", "_courier", "_log", "_native", "errors", "params", "stream"},
     "_session_file": {"_core", "errors", "model"},  # the model for type checkers only
@@ -32,7 +44,7 @@ MAY_IMPORT = {
     },
     "model": {
         *("_core", "_courier", "_crowd", "_loading", "_log", "_options", "_prompt"),
-        *("chat", "errors", "metrics", "params", "pin", "results", "stream"),
+        *("chat", "errors", "metrics", "params", "pin", "results", "stream", "tool_loop"),
     },
     "testing": {"errors", "params", "results"},
 }
@@ -49,6 +61,7 @@ def test_a_module_imports_only_from_the_floors_below(name: str):
 
 def test_importing_takes_nothing_along_that_is_not_needed_yet():
     heavy = ["asyncio", "concurrent.futures", "difflib", "json", "numpy", "subprocess"]
+    heavy += [f"tabagent_model.{name}" for name in ("schema", "tools", "tool_loop")]
     program = f"import sys, tabagent_model; print([m for m in {heavy} if m in sys.modules])"
     # -I: without the startup files of the environment, which may import anything.
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Each Python example of the README runs as it stands, in a process of its own."""
+"""Each Python example of the README and the guide runs as it stands, in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+EXAMPLES = [
+    pytest.param(example, id=f"{page.stem}-{number}")
+    for page in (ROOT / "README.md", ROOT / "docs/guide.md")
+    for number, example in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL), 1
+    )
+]
 
 
-def test_there_are_at_least_five_examples():
-    assert len(EXAMPLES) >= 5
+def test_there_are_at_least_ten_examples():
+    assert len(EXAMPLES) >= 10
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(1, len(EXAMPLES) + 1))
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_the_example_runs(example, tmp_path):
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", example],

@@ -10,6 +10,8 @@ print(model.generate("Once upon a time", max_tokens=64))
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from . import _native  # before everything else: it loads the native libraries
 from .chat import AsyncSession, Session
 from .errors import (
@@ -58,12 +60,35 @@ from .results import (
 )
 from .stream import AsyncChatStream, AsyncTextStream, ChatStream, TextStream
 
+if TYPE_CHECKING:
+    from .schema import Schema
+    from .tool_loop import ToolEvent, ToolResult, ToolRun
+    from .tools import Tool
+
 _core = _native.core
 PyContext = _core.PyContext
 PyModel = _core.PyModel
 get_cpu_variant = _core.get_cpu_variant
 get_optimal_binary = _core.get_optimal_binary
 __version__ = _core.__version__
+
+# Loaded when they are first asked for: a program without tools and types need not wait for them.
+_LATER = {
+    "Schema": "schema",
+    "Tool": "tools",
+    "ToolEvent": "tool_loop",
+    "ToolResult": "tool_loop",
+    "ToolRun": "tool_loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+
 
 __all__ = [
     "AsyncChatStream",
@@ -104,6 +129,7 @@ __all__ = [
     "QueueFullError",
     "QueueTimeoutError",
     "SamplingError",
+    "Schema",
     "Session",
     "SessionFileError",
     "TabAgentModelError",
@@ -111,8 +137,12 @@ __all__ = [
     "TextStream",
     "TokenLogprob",
     "TokenizationError",
+    "Tool",
     "ToolCall",
     "ToolCallDelta",
+    "ToolEvent",
+    "ToolResult",
+    "ToolRun",
     "UnreadableModelError",
     "UnsupportedModelError",
     "Usage",

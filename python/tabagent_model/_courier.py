@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
 
     from .results import Completion, Logprobs
+    from .schema import Schema
 
     OnEnd = Callable[["Completion | None"], "Completion | None"]
 
@@ -113,6 +114,8 @@ class Request:
     """Hears of the end once: gets the answer and may change it, or None if there is none."""
     parser: Callable[[], ChatParser] | None = None
     """What reads a chat's answer; there when the prompt was made."""
+    schema: Schema | None = None
+    """What a chat's answer has to be."""
 
     @property
     def size(self) -> float:

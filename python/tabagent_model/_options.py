@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._prompt import json_text, sound_text
 from .errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from .schema import Schema
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,17 @@ class ChatOptions:
     reasoning_format: str = "auto"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continue_final_message: bool = False
-    schema: Any = None
+    schema: Schema | None = None
+    """Or whatever one can be made of."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
             if getattr(self, each.name) is None and each.name in _DEFAULTS:
                 self._put(each.name, _DEFAULTS[each.name])
-        self._put("tools", _tools(self.tools))
+        if self.tools != ():
+            from .tools import tools_of
+
+            self._put("tools", tuple(tool.to_dict() for tool in tools_of(self.tools)))
         self._choose_tool()
         for name in ("enable_thinking", "continue_final_message", "parallel_tool_calls"):
             if not isinstance(getattr(self, name), (bool, NoneType)):
@@ -48,7 +54,10 @@ class ChatOptions:
             allowed = "without `messages` and `tools`, which are given by themselves"
             raise _bad("chat_template_kwargs", allowed, sorted(kwargs))
         self._put("template", _template(self.template))
-        self._put("schema", _schema(self.schema))
+        if self.schema is not None:
+            from .schema import Schema
+
+            self._put("schema", Schema.of(self.schema))
         if self.schema is not None and self.tools and self.tool_choice != "none":
             message = "`schema` and `tools` both say how an answer looks; give one of them"
             raise InvalidRequestError(message, name="schema")
@@ -76,20 +85,21 @@ class ChatOptions:
     def _choose_tool(self) -> None:
         """One that is named is the only one, and required."""
         choice = self.tool_choice
-        if isinstance(choice, Mapping):
-            function = choice.get("function")
-            name = function.get("name") if isinstance(function, Mapping) else None
-            chosen = tuple(tool for tool in self.tools if tool["function"]["name"] == name)
-            if not chosen:
-                names = ", ".join(repr(tool["function"]["name"]) for tool in self.tools)
-                raise _bad("tool_choice", f"the name of one of the tools ({names})", choice)
-            self._put("tools", chosen)
-            self._put("tool_choice", "required")
-        elif choice not in ("auto", "none", "required"):
-            allowed = "'auto', 'none', 'required', or a mapping that names a function"
+        if choice in ("auto", "none"):
+            return
+        if choice == "required":
+            if not self.tools:
+                raise _bad("tool_choice", "'auto' or 'none' where there are no tools", choice)
+            return
+        function = choice.get("function") if isinstance(choice, Mapping) else {"name": choice}
+        name = function.get("name") if isinstance(function, Mapping) else None
+        chosen = tuple(tool for tool in self.tools if tool["function"]["name"] == name)
+        if not chosen:
+            names = ", ".join(repr(tool["function"]["name"]) for tool in self.tools)
+            allowed = f"'auto', 'none', 'required', or the name of one of the tools ({names})"
             raise _bad("tool_choice", allowed, choice)
-        elif choice == "required" and not self.tools:
-            raise _bad("tool_choice", "'auto' or 'none' where there are no tools", choice)
+        self._put("tools", chosen)
+        self._put("tool_choice", "required")
 
     def _put(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the one way into a frozen dataclass
@@ -105,48 +115,7 @@ _DEFAULTS: dict[str, Any] = {
     "continue_final_message": False,
 }
 _REASONING = ("auto", "none", "deepseek", "deepseek-legacy")
-_MOST_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _LONGEST_TEMPLATE = 1 << 18
-
-
-def _tools(given: Any) -> tuple[dict[str, Any], ...]:
-    """OpenAI's dicts, each with what llama.cpp looks at."""
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence):
-        raise _bad("tools", "a list of tools", given)
-    if len(given) > _MOST_TOOLS:
-        raise _bad("tools", f"at most {_MOST_TOOLS} tools", f"{len(given)} of them")
-    dicts = [tool.to_dict() if hasattr(tool, "to_dict") else tool for tool in given]
-    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(dicts))
-    names = [tool["function"]["name"] for tool in tools]
-    for name in names:
-        if names.count(name) > 1:
-            raise _bad("tools", "tools of different names", f"{name!r} twice")
-    return tools
-
-
-def _tool(tool: Any, name: str) -> dict[str, Any]:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
-        raise _bad(name, "a mapping with a `function`", tool)
-    called = function.get("name")
-    if not isinstance(called, str) or not _NAME.fullmatch(called):
-        raise _bad(f"{name}.function.name", "1 to 128 letters, digits and `_.:-`", called)
-    description = function.get("description") or ""
-    if not isinstance(description, str):
-        raise _bad(f"{name}.function.description", "text", description)
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    if not isinstance(parameters, Mapping):
-        raise _bad(f"{name}.function.parameters", "a JSON schema", parameters)
-    whole = {"name": called, "description": description, "parameters": parameters}
-    return {"type": "function", "function": whole}
-
-
-def _schema(given: Any) -> Any:
-    """What has a `constraint` for the engine, and can `parse` an answer."""
-    if given is not None and not hasattr(given, "constraint"):
-        raise _bad("schema", "a Schema", given)
-    return given
 
 
 def _template(given: Any) -> str | None:

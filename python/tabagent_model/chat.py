@@ -325,20 +325,18 @@ class Chat(Asked):
         tokens = super().tokens()
         assert self._prompt is not None
         wanted = self._constraint(self._prompt)
-        if _ENGINE_TAKES_CONSTRAINTS:
-            self.params["preserved_tokens"] = list(self._prompt.preserved_tokens)
-            if wanted is not None:
-                self.params["constraint"] = wanted
+        self.params["preserved_tokens"] = list(self._prompt.preserved_tokens)
+        if wanted is not None:
+            self.params["constraint"] = wanted
         return tokens
 
     def end(self, completion: Completion | None) -> Completion | None:
         schema = self._options.schema
         if schema is None or not isinstance(completion, ChatCompletion):
             return super().end(completion)
-        try:
-            parsed, error = schema.parse(completion.content), completion.parse_error
-        except ValueError as wrong:
-            parsed, error = None, str(wrong)
+        is_cut_short = completion.finish_reason in ("length", "cancelled")
+        parsed, error = schema.outcome(completion.content, is_cut_short)
+        error = error or completion.parse_error
         return super().end(replace(completion, parsed=parsed, parse_error=error))
 
     def _constraint(self, prompt: ChatPrompt) -> dict[str, Any] | None:
@@ -349,8 +347,6 @@ class Chat(Asked):
         after = prompt.thinking[1] if prompt.thinking and prompt.is_thinking else None
         return {**schema.constraint, "after": after}
 
-
-_ENGINE_TAKES_CONSTRAINTS = False
 
 _SYSTEM = ("system", "developer")
 

@@ -40,6 +40,7 @@ from .params import (
     ModelConfig,
     ModelFields,
     PromptFields,
+    ToolRunFields,
     checked_whole,
 )
 from .pin import Pin
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
     from ._core import PyModel, UnloadReport
     from .chat import ChatPrompt
+    from .tool_loop import OnEvent, ToolRun
 
 T = TypeVar("T")
 OnToken = Callable[[str], Any]
@@ -219,7 +221,8 @@ class _Base:
         options = ChatOptions.taken_from(fields)
         params = _params_of(config, cast("GenerationFields", fields))
         asked = Chat(self, checked_messages(messages), options, params)
-        return Request(next(request_ids), asked.tokens, asked.params, asked.end, asked.parser)
+        end, parser = asked.end, asked.parser
+        return Request(next(request_ids), asked.tokens, asked.params, end, parser, options.schema)
 
     def _written(
         self, messages: Messages, given: PromptFields, add_generation_prompt: bool = True
@@ -418,6 +421,38 @@ class Model(_Base):
         """The answer to a conversation, piece by piece. Use it in a `with`."""
         return self._chat(messages, config, fields).submit()
 
+    def run_tools(
+        self,
+        messages: Messages,
+        tools: Sequence[Any],
+        config: GenerationConfig | None = None,
+        *,
+        max_rounds: int = 8,
+        tool_timeout_s: float | None = None,
+        on_event: OnEvent | None = None,
+        **fields: Unpack[ToolRunFields],
+    ) -> ToolRun:
+        """Ask, run what the model calls, tell it what came of that, until it has said what it
+        wanted; at most `max_rounds` times.
+
+        Calls of one answer run together: async functions in an event loop, others in threads. What
+        a tool raises, or takes longer for than `tool_timeout_s`, the model hears as an error.
+        `on_event` gets each step as a ToolEvent; if it returns False, that was the last.
+        `tool_choice` holds for the first answer.
+        """
+        from .tool_loop import run_tools
+
+        return run_tools(
+            self,
+            messages,
+            tools,
+            max_rounds=max_rounds,
+            tool_timeout_s=tool_timeout_s,
+            on_event=on_event,
+            config=config,
+            **fields,
+        )
+
     def session(
         self,
         system: str | None = None,
@@ -603,6 +638,31 @@ class AsyncModel(_Base):
         """The answer to a conversation; nothing to await here. Use it in an `async with`."""
         request = self._chat_request(messages, config, fields)
         return AsyncChatStream(self._open_courier, request, self._source, self)
+
+    async def run_tools(
+        self,
+        messages: Messages,
+        tools: Sequence[Any],
+        config: GenerationConfig | None = None,
+        *,
+        max_rounds: int = 8,
+        tool_timeout_s: float | None = None,
+        on_event: OnEvent | None = None,
+        **fields: Unpack[ToolRunFields],
+    ) -> ToolRun:
+        """As `Model.run_tools`. `on_event` may be `async`; cancelling the task ends the calls."""
+        from .tool_loop import arun_tools
+
+        return await arun_tools(
+            self,
+            messages,
+            tools,
+            max_rounds=max_rounds,
+            tool_timeout_s=tool_timeout_s,
+            on_event=on_event,
+            config=config,
+            **fields,
+        )
 
     def session(
         self,

@@ -472,13 +472,11 @@ class GenerationFields(TypedDict, total=False):
     special: bool | None
 
 
-class PromptFields(TypedDict, total=False):
-    """What says how a conversation is written out."""
+class TemplateFields(TypedDict, total=False):
+    """What says how a conversation is written out, but for the tools."""
 
-    tools: Sequence[Any] | None
-    """What the model may call: functions in OpenAI's shape."""
-    tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None
-    """`required`: the answer is a tool call; a mapping names the one function that it calls."""
+    tool_choice: Literal["auto", "none", "required"] | str | Mapping[str, Any] | None
+    """`required`: the answer is a tool call; a name, alone or as OpenAI writes it: of that tool."""
     parallel_tool_calls: bool | None
     """Whether an answer may hold several calls; None: if the template can."""
     template: str | os.PathLike[str] | None
@@ -493,11 +491,23 @@ class PromptFields(TypedDict, total=False):
     """The last message is the assistant's, and the answer goes on with it."""
 
 
+class PromptFields(TemplateFields, total=False):
+    """What says how a conversation is written out."""
+
+    tools: Sequence[Any] | None
+    """What the model may call: functions, models, dicts in OpenAI's shape; see `Tool.of`."""
+
+
 class ChatFields(GenerationFields, PromptFields, total=False):
     """The keywords of `chat` and `stream_chat`: those of `generate`, and these."""
 
     schema: Any
-    """What the answer has to be; `parsed` is what it was."""
+    """What the answer has to be: a type, choices, a JSON schema; see `Schema.of`. `parsed` is the
+    object that it was."""
+
+
+class ToolRunFields(GenerationFields, TemplateFields, total=False):
+    """The keywords of `run_tools`."""
 
 
 def _known(config: type[_Config], given: Mapping[str, Any]) -> dict[str, Any]:

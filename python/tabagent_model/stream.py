@@ -8,14 +8,14 @@ dropped aborts without waiting.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from ._courier import Courier, Event, Inbox, LoopInbox, Request
-from .errors import GenerationCancelled, InternalError, TabAgentModelError
+from .errors import GenerationCancelled, InternalError, InvalidRequestError, TabAgentModelError
 from .results import (
     ChatCompletion,
     ChatDelta,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ._courier import ChatParser
+    from .schema import Growing
 
 T = TypeVar("T")
 Item = TypeVar("Item", str, ChatDelta)
@@ -83,6 +84,12 @@ class _Stream(Generic[Item, Result]):
         self._answer.is_cancelled = True
         if self._is_sent and not self._answer.is_over:
             self._courier.abort(self._request.id)
+
+    def _growing(self) -> Growing:
+        if self._request.schema is None:
+            message = "there is no object to grow: the chat was asked for without a `schema`"
+            raise InvalidRequestError(message, name="schema")
+        return self._request.schema.growing()
 
     def _take(self, event: Event) -> None:
         self._items.extend(self._answer.take(event))
@@ -307,6 +314,18 @@ class ChatStream(_SyncStream[ChatDelta, ChatCompletion]):
     All pieces together are what `result` holds. `Model.stream_chat` submits the request at once.
     """
 
+    def partial(self) -> Iterator[Any]:
+        """The object that `schema` asked for, while it is being written. Fields that are not there
+        yet have their default, or are None. The last one is the whole object, if it became one."""
+        growing, last = self._growing(), None
+        with self:
+            for delta in self:
+                shown = growing.feed(delta.content)
+                if shown is not None and shown != last:
+                    yield (last := shown)
+        if (whole := self.result.parsed) is not None and whole != last:
+            yield whole
+
 
 class AsyncTextStream(_AsyncStream[str, Completion]):
     """As TextStream. The request is submitted when the first piece is awaited."""
@@ -314,6 +333,17 @@ class AsyncTextStream(_AsyncStream[str, Completion]):
 
 class AsyncChatStream(_AsyncStream[ChatDelta, ChatCompletion]):
     """As ChatStream. The request is submitted when the first piece is awaited."""
+
+    async def partial(self) -> AsyncIterator[Any]:
+        """As `ChatStream.partial`."""
+        growing, last = self._growing(), None
+        async with self:
+            async for delta in self:
+                shown = growing.feed(delta.content)
+                if shown is not None and shown != last:
+                    yield (last := shown)
+        if (whole := self.result.parsed) is not None and whole != last:
+            yield whole
 
 
 class Answer:
