@@ -261,6 +261,8 @@ pub struct Constraint {
     pub triggers: Vec<Trigger>,
     /// It begins behind this text, and its triggers count only there.
     pub after: Option<String>,
+    /// What of it stands in the prompt already: it hears this first.
+    pub prefix: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -297,7 +299,8 @@ pub enum Trigger {
 impl Constraint {
     pub fn new(syntax: Syntax, text: impl Into<String>) -> Constraint {
         let (triggers, after) = (Vec::new(), None);
-        Constraint { syntax, text: text.into(), lazy: false, triggers, after }
+        let (text, prefix) = (text.into(), String::new());
+        Constraint { syntax, text, lazy: false, triggers, after, prefix }
     }
 
     fn validate(&self) -> Result<()> {
@@ -312,6 +315,7 @@ impl Constraint {
         for text in texts.chain(&self.after) {
             check("the bytes of what a constraint waits for", text.len(), 1, 4096)?;
         }
+        check("the bytes of a constraint's `prefix`", self.prefix.len(), 0, 1 << 20)?;
         Ok(())
     }
 }

@@ -233,6 +233,20 @@ fn a_constraint_begins_behind_a_text() {
 }
 
 #[test]
+fn a_constraint_goes_on_from_what_stands_in_the_prompt() {
+    let asked = |prefix: &str| Constraint {
+        prefix: prefix.into(),
+        ..Constraint::new(Syntax::Gbnf, "root ::= \"<call>\" \" \"? [0-9]+")
+    };
+    let mut guide = constraints().guide(&asked("<call>"), &[], &[], None).unwrap();
+    assert!(!guide.allows(END).unwrap() && !guide.allows(i32::from(b'<')).unwrap());
+    assert!(takes(&mut guide, " 42"));
+    assert!(guide.allows(END).unwrap());
+    let refused = constraints().guide(&asked("<cell>"), &[], &[], None).err().unwrap();
+    assert!(refused.to_string().contains("does not go on from what stands in the prompt"));
+}
+
+#[test]
 fn a_lazy_grammar_hears_its_trigger_and_what_came_with_it() {
     let call = "root ::= \"<call>\" [0-9]+ \";\"";
     let lazy = |triggers: &[Trigger]| {

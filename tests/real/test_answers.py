@@ -351,6 +351,43 @@ def test_the_bundled_model_calls_a_tool_and_reads_its_answer(tiny_model: Model):
     assert "20" in told.content
 
 
+@pytest.mark.parametrize("choice", ["required", {"function": {"name": "get_weather"}}])
+def test_a_call_can_be_required_whatever_is_asked(tiny_model: Model, choice: Any):
+    for seed in range(8):
+        answer = tiny_model.chat(
+            "Tell me a story.",
+            tools=[WEATHER, *TOOLS[1:]],
+            tool_choice=choice,
+            temperature=1.5,
+            seed=seed,
+            max_tokens=120,
+        )
+        if answer.finish_reason == "length":
+            continue
+        assert (answer.finish_reason, answer.parse_error, answer.content) == (
+            "tool_calls",
+            None,
+            "",
+        )
+        names = {call.name for call in answer.tool_calls}
+        assert names <= ({"get_weather"} if choice != "required" else {*names, "get_weather"})
+        assert all(isinstance(json.loads(call.arguments), dict) for call in answer.tool_calls)
+
+
+def test_thoughts_come_before_what_a_schema_asks_for(tmp_path: Path, tiny_model: Model):
+    answer = tiny_model.chat(
+        "What is the capital of France?",
+        template=THINKER,
+        schema={"enum": ["Rome", "Paris"]},
+        max_tokens=200,
+        temperature=0,
+    )
+    if "</think>" in answer.text:
+        assert answer.parsed in ("Rome", "Paris")
+    else:
+        assert (answer.finish_reason, answer.parsed) == ("length", None)
+
+
 def test_a_streamed_call_is_the_collected_one(tiny_model: Model):
     asked = "What is the weather in Paris?"
     whole = tiny_model.chat(asked, tools=[WEATHER], temperature=0)

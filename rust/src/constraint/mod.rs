@@ -42,6 +42,9 @@ pub use llama::{Verdict, llama_grammar};
 /// Said when the grammar goes on, but not with anything that the model can write.
 const NOBODY: &str = "no token of this model can come next";
 
+/// Where text comes that is not made of tokens.
+const NO_TOKEN: i32 = -1;
+
 /// Of one grammar.
 const MOST_BYTES: usize = 64 << 10;
 
@@ -77,7 +80,7 @@ impl Constraints {
     ) -> Result<Guide> {
         let lexicon = self.lexicon(vocabulary)?;
         let start = Start::of(asked)?;
-        let body = match self.compiled(asked, &lexicon, vocabulary)? {
+        let mut body = match self.compiled(asked, &lexicon, vocabulary)? {
             Compiled::Guidance(matcher) => {
                 Body::Guidance(Box::new(Guided::new(&matcher, asked.syntax)))
             }
@@ -85,6 +88,13 @@ impl Constraints {
                 Body::Gbnf(Box::new(Machine::new(program).map_err(|TooAmbiguous| too_ambiguous())?))
             }
         };
+        if !asked.prefix.is_empty() {
+            let prefix = (NO_TOKEN, asked.prefix.clone().into_bytes());
+            if !body.hear(&[prefix], &lexicon)? {
+                let what = "it does not go on from what stands in the prompt";
+                return Err(Error::grammar(asked.syntax.name(), what, None));
+            }
+        }
         let written: Vec<i32> =
             preserved.iter().copied().filter(|token| lexicon.is_control(*token)).collect();
         let mut ends = lexicon.end_tokens().to_vec();

@@ -201,7 +201,7 @@ fn biases(value: &Bound<'_, PyAny>) -> PyResult<Vec<(i32, f32)>> {
     pairs.iter().map(bias).collect()
 }
 
-/// A mapping of `syntax`, `text`, and maybe `lazy`, `triggers` and `after`.
+/// A mapping of `syntax`, `text`, and maybe `lazy`, `triggers`, `after` and `prefix`.
 fn constraint(value: &Bound<'_, PyAny>) -> PyResult<Constraint> {
     let refused = |value: &Bound<'_, PyAny>, allowed| {
         exception(&Error::invalid("constraint", shown(value), allowed))
@@ -231,10 +231,11 @@ fn constraint(value: &Bound<'_, PyAny>) -> PyResult<Constraint> {
             }
             "after" if value.is_none() => {}
             "after" => asked.after = Some(string("after", &value)?),
+            "prefix" => asked.prefix = string("prefix", &value)?,
             _ => {
                 return Err(refused(
                     pair.as_any(),
-                    "one of `syntax`, `text`, `lazy`, `triggers`, `after`",
+                    "one of `syntax`, `text`, `lazy`, `triggers`, `after`, `prefix`",
                 ));
             }
         }
