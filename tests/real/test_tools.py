@@ -70,12 +70,9 @@ async def test_a_function_is_called_from_an_event_loop():
     async with await AsyncModel.load(n_ctx=1024, max_parallel=1) as model:
         run = await model.run_tools(ASKED, [get_weather, get_time], temperature=0)
         assert run.answer.content == "It is 21 degrees and sunny in Rome."
-        again = await model.run_tools(
-            [*run.messages, {"role": "user", "content": "What time is it in Paris?"}],
-            [get_weather, get_time],
-            temperature=0,
-        )
-        assert again.calls[-1].call.name == "get_time"
+        messages = [*run.messages, {"role": "user", "content": "Hello!"}]
+        again = await model.run_tools(messages, [get_weather, get_time], temperature=0)
+        assert again.messages[:-1] == messages
 
 
 def test_one_of_many_tools_can_be_demanded(model: Model):
