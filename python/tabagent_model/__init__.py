@@ -33,6 +33,7 @@ from .errors import (
     ModelCorruptedError,
     ModelNotFoundError,
     ModelNotLoadedError,
+    NoRoomError,
     OutOfMemoryError,
     QueueFullError,
     QueueTimeoutError,
@@ -44,6 +45,7 @@ from .errors import (
     UnreadableModelError,
     UnsupportedModelError,
 )
+from .manager import AsyncModelManager, ManagedModel, ModelEvent, ModelManager, ModelUsage
 from .model import AsyncModel, Model, inspect
 from .params import GenerationConfig, ModelConfig
 from .pin import Pin
@@ -93,6 +95,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AsyncChatStream",
     "AsyncModel",
+    "AsyncModelManager",
     "AsyncSession",
     "AsyncTextStream",
     "BackendError",
@@ -115,13 +118,18 @@ __all__ = [
     "InvalidModelError",
     "InvalidRequestError",
     "LoadCancelledError",
+    "ManagedModel",
     "Model",
     "ModelBusyError",
     "ModelConfig",
     "ModelCorruptedError",
     "ModelDescription",
+    "ModelEvent",
+    "ModelManager",
     "ModelNotFoundError",
     "ModelNotLoadedError",
+    "ModelUsage",
+    "NoRoomError",
     "OutOfMemoryError",
     "Pin",
     "PyContext",
