@@ -161,6 +161,30 @@ class TestWaiting:
         assert told(pool.ask(Ticket("b", "use", "you"), 1)) == []
 
 
+    def test_one_who_is_inside_may_come_in_again_while_others_wait_for_him(self):
+        pool = pool_of("ab", max_loaded=1)
+        use(pool, "a", owner="me")
+        assert told(pool.ask(Ticket("a", "unload", "you"), 1)) == ["drain a"]
+        assert told(pool.ask(Ticket("a", "use", "you"), 2)) == []
+        assert told(pool.ask(Ticket("a", "use", "me"), 3)) == ["grant a #4"]
+        assert isinstance(refusal(pool.ask(Ticket("b", "use", "me"), 4)), ModelBusyError)
+
+    def test_who_need_not_leave_any_more_serves_those_who_came_meanwhile(self):
+        pool = pool_of("abc", max_loaded=2)
+        use(pool, "a")
+        other = use(pool, "c")
+        pool.ask(Ticket("b", "use"), 0)
+        for _ in range(PATIENCE):
+            pool.ask(Ticket("a", "use"), 0)
+        assert states(pool)["a"] == "draining"
+        late = Ticket("a", "use")
+        assert told(pool.ask(late, 1)) == []
+        assert told(pool.leave(other, 2)) == []
+        assert told(pool.ask(Ticket("c", "unload"), 3)) == ["unload c"]
+        assert told(pool.unloaded("c", 4)) == ["grant c #13", "load b"]
+        assert told(pool.loaded("b", 5)) == ["grant b #3", "stay a", f"grant a #{late.number}"]
+
+
 class TestLeaving:
     def test_the_longest_unused_leaves_first(self):
         pool = pool_of("abc", max_loaded=2)

@@ -210,12 +210,12 @@ class Pool:
         return sum(ticket.model == name for ticket in self._waiting)
 
     def _advance(self, now: float) -> list[Order]:
-        self._now = now
-        self._serve()
-        for member in self._present():
-            if now >= self._end_of(member) or (member.state == "draining" and not member.is_busy):
-                self._unload(member)
-        self._fill()
+        self._now, num_orders = now, -1
+        while num_orders < len(self._orders):  # one thing may lead to another
+            num_orders = len(self._orders)
+            self._serve()
+            self._see_off()
+            self._fill()
         orders, self._orders = self._orders, []
         return orders
 
@@ -230,8 +230,17 @@ class Pool:
                     self._grant(ticket)
                 else:
                     self._drain(member, ticket)
-            elif member.state == "loaded" and (ticket.wish != "swap" or self._took_over(ticket)):
+            elif self._is_open(member, ticket) and (
+                ticket.wish != "swap" or self._took_over(ticket)
+            ):
                 self._grant(ticket)
+
+    def _see_off(self) -> None:
+        """Unload what is empty and has to leave, and what has to be gone by now."""
+        for member in self._present():
+            is_out = member.state == "draining" and not member.is_busy
+            if is_out or self._now >= self._end_of(member):
+                self._unload(member)
 
     def _fill(self) -> None:
         """Load what is waited for. Behind one who must wait for room nobody may take it away."""
@@ -251,6 +260,11 @@ class Pool:
             return
         going = self._present("draining", "unloading")
         if self._fits(member, going):
+            if not self._fits(member, [o for o in going if not self._holds(ticket, o)]):
+                self._send_home(ticket, _waits_for_itself(ticket, going))
+            elif ticket.wish == "swap":
+                for other in going:
+                    self._drain(other, ticket)  # from now on with its grace
             return
         victims = self._victims(ticket, going)
         if victims is None:
@@ -404,6 +418,11 @@ class Pool:
         if ticket.owner is None or ticket.grace_s < inf:
             return False
         return any(user.owner == ticket.owner for user in member.users)
+
+    def _is_open(self, member: Member, ticket: Ticket) -> bool:
+        """Whoever is inside may come in again: it does not become empty without him."""
+        is_inside = member.state == "draining" and self._holds(ticket, member)
+        return member.state == "loaded" or is_inside
 
     def _is_awaited(self, member: Member) -> bool:
         return any(t.model == member.name and t.wish != "unload" for t in self._waiting)
