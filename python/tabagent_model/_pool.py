@@ -258,33 +258,36 @@ class Pool:
             member.state = "loading"
             self._orders.append(Order("load", member.name))
             return
-        going = self._present("draining", "unloading")
+        going = self._present("unloading")
         if self._fits(member, going):
-            if not self._fits(member, [o for o in going if not self._holds(ticket, o)]):
-                self._send_home(ticket, _waits_for_itself(ticket, going))
-            elif ticket.wish == "swap":
-                for other in going:
-                    self._drain(other, ticket)  # from now on with its grace
             return
-        victims = self._victims(ticket, going)
-        if victims is None:
-            coming = [other for other in self._present("loading") if not other.is_pinned]
-            if not coming:
-                self._refuse(member, self._no_room(member))
-        elif any(self._holds(ticket, victim) for victim in victims):
-            self._send_home(ticket, _waits_for_itself(ticket, victims))
-        elif (
-            ticket.is_due
-            or ticket.wish == "swap"
-            or not any(victim.is_busy or self._is_awaited(victim) for victim in victims)
-        ):
+        stay = [other for other in self._present("loaded") if not other.is_pinned]
+        idle = [other for other in stay if not (other.is_busy or self._is_awaited(other))]
+        if ticket.wish != "swap" and (victims := self._victims(ticket, going, idle)) is not None:
             for victim in victims:
-                if ticket.wish == "swap" and victim.name == self.default:
-                    ticket.replaced = victim.name
-                self._drain(victim, ticket)
+                self._unload(victim)
+        else:
+            self._wait_for_room(ticket, going + self._present("draining"), stay)
 
-    def _victims(self, ticket: Ticket, going: list[Member]) -> list[Member] | None:
-        """What would have to leave beside those who are leaving; None if that is not enough.
+    def _wait_for_room(self, ticket: Ticket, going: list[Member], stay: list[Member]) -> None:
+        """Where those inside are in the way: let nobody else in, if it is time for that."""
+        member = self.members[ticket.model]
+        victims = self._victims(ticket, going, stay)
+        if victims is None:
+            if all(other.is_pinned for other in self._present("loading")):
+                self._refuse(member, self._no_room(member))
+        elif not self._fits(member, [o for o in going + victims if not self._holds(ticket, o)]):
+            self._send_home(ticket, _waits_for_itself(ticket, going + victims))
+        elif ticket.is_due or ticket.wish == "swap":
+            for other in going + victims:
+                if other.name == self.default and ticket.wish == "swap":
+                    ticket.replaced = other.name
+                self._drain(other, ticket)
+
+    def _victims(
+        self, ticket: Ticket, going: list[Member], candidates: list[Member]
+    ) -> list[Member] | None:
+        """Who would have to leave beside those who are going; None if all are not enough.
 
         For a swap the default of before goes first; then who is idle, less urgent, longer unused.
         """
@@ -297,8 +300,8 @@ class Pool:
             return held, is_spared, is_wanted, -PRIORITIES.index(other.priority), other.used_at
 
         victims: list[Member] = []
-        for other in sorted(self._present("loaded"), key=reluctance):
-            if not other.is_pinned and not self._fits(member, going + victims):
+        for other in sorted(candidates, key=reluctance):
+            if not self._fits(member, going + victims):
                 victims.append(other)
         if not self._fits(member, going + victims):
             return None
@@ -313,7 +316,7 @@ class Pool:
         if self.default != ticket.model:
             ticket.replaced, self.default = self.default, ticket.model
             before = self.members.get(ticket.replaced or "")
-            if before is not None and before.state == "loaded" and not before.is_pinned:
+            if before is not None and not before.is_pinned:
                 self._drain(before, ticket)
         before = self.members.get(ticket.replaced or "")
         return before is None or before.state not in ("draining", "unloading")
