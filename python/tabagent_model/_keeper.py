@@ -284,7 +284,7 @@ class Keeper(threading.Thread, Generic[M]):
             self._began[name] = time.monotonic()
             self._say(name, "drain", 0.0, self._began[name])
         elif order.verb == "stay":
-            del self._began[name]
+            self._began.pop(name, None)
         elif order.verb == "unload":
             if name in self._began:
                 self._say(name, "drain", 1.0, self._began.pop(name))
