@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _native  # before everything else: it loads the native libraries
+from ._keeper import ManagedModel, ModelEvent, ModelUsage
 from .chat import AsyncSession, Session
 from .errors import (
     BackendError,
@@ -45,7 +46,7 @@ from .errors import (
     UnreadableModelError,
     UnsupportedModelError,
 )
-from .manager import AsyncModelManager, ManagedModel, ModelEvent, ModelManager, ModelUsage
+from .manager import AsyncModelManager, ModelManager
 from .model import AsyncModel, Model, inspect
 from .params import GenerationConfig, ModelConfig
 from .pin import Pin

@@ -98,7 +98,8 @@ class Keeper(threading.Thread, Generic[M]):
         self.models: dict[str, M] = {}
         self._configs: dict[str, ModelConfig] = {}
         self._usages: dict[str, ModelUsage] = {}
-        self._kind, self._snapshots, self._teller = kind, snapshots, teller
+        self._kind: type[M] = kind
+        self._snapshots, self._teller = snapshots, teller
         self._estimate = estimate
         # It may be written to by whoever collects garbage in the middle of reading it.
         self._mail: SimpleQueue[Happening] = SimpleQueue()

@@ -165,10 +165,10 @@ class Pool:
         """A load came to nothing. Where memory was short, something is unloaded and it is tried
         again; and what left for a swap comes back."""
         member = self.members[name]
-        others = frozenset(other.name for other in self._present() if other is not member)
         member.state, self._now = "unloaded", now
-        if isinstance(error, MemoryError) and others and not member.is_given_up:
-            member.crowd, member.shortage = others, error
+        if not member.is_given_up and isinstance(error, MemoryError) and self._may_help(error):
+            member.crowd = frozenset(other.name for other in self._present())
+            member.shortage = error
         elif not member.is_given_up:  # given up, and wanted again since: then it is just repeated
             self._refuse(member, error)
         member.is_given_up = False
@@ -405,6 +405,12 @@ class Pool:
         num_bytes = sum(other.needs for other in stay) + member.needs
         return not is_crowded and len(stay) < self._max_loaded and num_bytes <= self._max_bytes
 
+    def _may_help(self, shortage: MemoryError) -> bool:
+        """Whether unloading something could give the memory that was missing."""
+        missing = getattr(shortage, "needed", 1) - getattr(shortage, "free", 0)
+        present = self._present()
+        return bool(present) and missing <= sum(member.needs for member in present)
+
     def _end_of(self, member: Member) -> float:
         """When a model has to be gone if nothing happens before."""
         if member.state == "draining":
@@ -459,7 +465,7 @@ class Pool:
         message = f"`{member.name}` needs {size(member.needs)}; {what}"
         hint = f"{raised}, or lower its `n_ctx` or `max_parallel`"
         if pinned and member.needs <= self._max_bytes:
-            message += f", and what could leave is pinned: "
+            message += ", and what could leave is pinned: "
             message += ", ".join(f"`{other.name}` ({size(other.needs)})" for other in pinned)
             hint = f"`unpin` one of them, or {raised}"
         facts = {"needed": member.needs, "free": None if free == inf else free, "pinned": names}

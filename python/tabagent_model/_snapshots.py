@@ -1,7 +1,7 @@
 """What was computed for the sessions of a model, kept while the model is unloaded.
 
-A state means something to the same weights only, and to a context with the same settings. Where they
-are others when the model comes back, a session computes its conversation again, as it would anyway.
+A state means something to the same weights only, and to a context with the same settings. Where
+they are others when the model comes back, a session computes its conversation again.
 """
 
 from __future__ import annotations

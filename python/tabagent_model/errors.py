@@ -169,8 +169,8 @@ class QueueTimeoutError(QueueFullError, TimeoutError):
 
 
 class ModelBusyError(TabAgentModelError):
-    """Who asks is what would be waited for: a logits hook by its model, or whoever uses a model that
-    would have to leave for what he wants."""
+    """Who asks is what would be waited for: a logits hook of its model, or whoever uses a model
+    that would have to leave for what he wants."""
 
 
 class ModelNotLoadedError(TabAgentModelError):

@@ -1,9 +1,9 @@
 """Several models by name: `ModelManager` for threads, `AsyncModelManager` for event loops.
 
-What is loaded, who waits and what leaves is decided by the rules in `_pool.py`, and done by the keeper
-(`_keeper.py`), which both faces share; they differ in how they wait for its answer. The object of a
-model stays the same while it is unloaded and loaded again, so whoever has it, a session for example,
-goes on where he was.
+What is loaded, who waits and what leaves is decided by the rules in `_pool.py`, and done by the
+keeper (`_keeper.py`), which both faces share; they differ in how they wait for its answer. A model
+that is unloaded and loaded again is the same object, so whoever has it, like a session, goes on where
+he was.
 """
 
 from __future__ import annotations
@@ -239,13 +239,12 @@ class ModelManager(_Manager[Model], metaclass=_OnePerProcess):
         finally:
             self._keeper.leave(ticket)
 
-    def swap(
-        self, name: str, *, grace: Duration = -1, timeout_s: float | None = None
-    ) -> Model:
+    def swap(self, name: str, *, grace: Duration = -1, timeout_s: float | None = None) -> Model:
         """Make another model the default, and unload the one that was it.
 
-        Whoever uses that one is waited for, and cancelled after the `grace`. The new one is loaded
-        meanwhile if both fit, otherwise afterwards; if that fails, the old one stays or comes back.
+        Whoever uses that one is waited for, until the `grace` ends: then it is unloaded anyway. The
+        new one is loaded meanwhile if both fit, otherwise afterwards; if that fails, the old one
+        stays or comes back.
         """
         ticket = self._ticket("swap", name, threading.get_ident(), grace)
         try:
@@ -260,7 +259,7 @@ class ModelManager(_Manager[Model], metaclass=_OnePerProcess):
         grace: Duration = -1,
         timeout_s: float | None = None,
     ) -> None:
-        """Wait for whoever uses a model, cancel them after the `grace`, and unload it."""
+        """Unload a model, after waiting for whoever uses it, or until the `grace` ends."""
         ticket = self._ticket("unload", name, threading.get_ident(), grace)
         try:
             self._wait(ticket, timeout_s)

@@ -1,4 +1,4 @@
-"""Two real models that share one place: nobody is lost, nothing is computed twice, memory returns."""
+"""Two real models that share one place: nobody is lost, nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from typing import Any
 
 import pytest
 
+from gguf_files import tiny_gguf
 from tabagent_model import (
     AsyncModelManager,
-    GenerationCancelled,
     InvalidRequestError,
     Model,
+    ModelBusyError,
     ModelCorruptedError,
     ModelEvent,
     ModelManager,
     ModelNotFoundError,
     ModelNotLoadedError,
     NoRoomError,
+    OutOfMemoryError,
     QueueTimeoutError,
 )
 from tabagent_model.params import BUNDLED_MODEL
@@ -110,7 +112,7 @@ def test_a_swap_with_a_grace_cancels_who_goes_on(max_loaded: int):
             next(stream)
             models.swap("draft", grace="50ms")
             assert states(models) == {"chat": "unloaded", "draft": "loaded"}
-            with pytest.raises(GenerationCancelled):
+            with pytest.raises(ModelNotLoadedError, match="unloaded"):
                 stream.collect()
 
 
@@ -157,11 +159,13 @@ def test_threads_that_ask_for_one_model_load_it_once():
 def test_sessions_survive_a_swap(where: Any):
     with with_both(ModelManager(max_loaded=1, snapshots=where)) as models:
         session = models.load_model().session("You are helpful.", temperature=0, max_tokens=24)
-        both = [(session, "France"), (session.fork(), "Spain")]
-        before = [each.send(f"What is the capital of {of}?") for each, of in both]
+        both = [session, session.fork()]
+        # What takes no time to compute is not taken from a cache, so there are a few turns.
+        asked = ["What is the capital of France?", "What is the capital of Spain?"] * 2
+        before = [[each.send(text) for text in asked][-1] for each in both]
         models.swap("draft")
         models.swap("chat")
-        for (each, _), answer in zip(both, before, strict=True):
+        for each, answer in zip(both, before, strict=True):
             usage = each.send("What is the capital of Italy?").usage
             if where is None:
                 assert usage.cached_tokens < answer.usage.prompt_tokens
@@ -173,7 +177,8 @@ def test_sessions_survive_a_swap(where: Any):
 async def test_the_sessions_of_tasks_survive_a_swap():
     async with with_both(AsyncModelManager(max_loaded=1, snapshots="memory")) as models:
         session = (await models.load_model()).session(temperature=0, max_tokens=24)
-        first = await session.send("What is the capital of France?")
+        for of in ("France", "Spain", "France"):
+            first = await session.send(f"What is the capital of {of}?")
         await models.swap("draft")
         await models.swap("chat")
         second = await session.send("What is the capital of Italy?")
@@ -187,17 +192,12 @@ def test_another_file_at_the_same_path_gets_no_old_state(tmp_path: Path):
     with ModelManager(max_loaded=1, snapshots="memory") as models:
         models.register_model("it", path, **FIELDS)
         session = models.load_model().session(temperature=0, max_tokens=8)
-        session.send("Hello")
+        for _ in range(5):
+            session.send("Hello")
         models.unload_model()
-        os.replace(_copy(FILES["draft"], tmp_path), path)
+        path.write_bytes(FILES["draft"].read_bytes())
         models.load_model()
         assert session.send("Hello").usage.cached_tokens == 0
-
-
-def _copy(path: Path, folder: Path) -> Path:
-    target = folder / path.name
-    target.write_bytes(path.read_bytes())
-    return target
 
 
 def test_what_cannot_be_loaded_is_refused_before_anything_leaves(tmp_path: Path):
@@ -218,15 +218,19 @@ def test_what_cannot_be_loaded_is_refused_before_anything_leaves(tmp_path: Path)
         assert chat.is_loaded
 
 
-def test_a_swap_that_fails_late_brings_the_old_model_back():
+@pytest.mark.parametrize("max_loaded", [1, 2])
+def test_a_swap_that_fails_late_leaves_the_old_model_or_brings_it_back(
+    max_loaded: int, tmp_path: Path
+):
     """K07: a context that no memory can hold is found out only when it is made."""
-    with with_both(ModelManager(max_loaded=1, estimate=lambda config: 1)) as models:
-        models.register_model("huge", FILES["chat"], n_ctx=2**24, max_parallel=256)
+    path = tiny_gguf(tmp_path / "huge.gguf", keys={"llama.context_length": 2**24})
+    with with_both(ModelManager(max_loaded=max_loaded, estimate=lambda config: 1)) as models:
+        models.register_model("huge", path, n_ctx=2**24, max_parallel=256)
         chat = models.load_model()
-        with pytest.raises(Exception, match=r"context|memory|needs"):
+        with pytest.raises(OutOfMemoryError, match="16777216 tokens"):
             models.swap("huge")
         assert eventually(lambda: states(models)["chat"] == "loaded")
-        assert models.default_model == "chat"
+        assert (models.default_model, models.usage("chat").num_loads) == ("chat", 3 - max_loaded)
         assert chat.generate(PROMPT, **GREEDY).text
 
 
@@ -248,15 +252,13 @@ def test_a_budget_in_bytes_is_kept():
 def test_who_is_in_use_stays_and_whoever_waits_may_stop_waiting():
     with with_both(ModelManager(max_loaded=1)) as models:
         with models.use("chat") as model, ThreadPoolExecutor() as pool:
-            with pytest.raises(QueueTimeoutError, match="`draft` could not be had within 0.05 s"):
+            with pytest.raises(QueueTimeoutError, match="`draft` could not be had"):
                 pool.submit(lambda: models.load_model("draft", timeout_s=0.05)).result()
             assert model.generate(PROMPT, **GREEDY).finish_reason == "length"
         assert models.load_model("draft", timeout_s=20).is_loaded
 
 
 def test_one_who_holds_what_would_have_to_leave_is_told_so():
-    from tabagent_model import ModelBusyError
-
     with with_both(ModelManager(max_loaded=1)) as models, models.use("chat"):
         for ask in (models.load_model, models.swap):
             with pytest.raises(ModelBusyError, match="`chat` would have to leave"):
@@ -310,7 +312,7 @@ def test_every_step_is_told_with_its_time():
         ("draft", "load"),
         ("draft", "unload"),
     ]
-    assert [e.progress for e in events if e.model == "draft" and e.step == "load"][0] == 0.0
+    assert next(e.progress for e in events if (e.model, e.step) == ("draft", "load")) == 0.0
     assert all(e.seconds >= 0 and e.error is None for e in events)
 
 
@@ -389,7 +391,8 @@ from tabagent_model import ModelManager
 
 def private_mib():
     status = Path("/proc/self/status").read_text()
-    return sum(int(status.partition(k)[2].split(None, 1)[0]) for k in ("RssAnon:", "VmSwap:")) / 1024
+    kinds = ("RssAnon:", "VmSwap:")
+    return sum(int(status.partition(kind)[2].split(None, 1)[0]) for kind in kinds) / 1024
 
 def others():
     return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
@@ -432,14 +435,23 @@ def test_swapping_there_and_back_leaves_no_memory_behind():
 
 def test_a_forked_child_makes_a_manager_of_its_own():
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "ignore", "-c", FORK],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
     "ending",
-    ["", "sys.exit(3)", "raise SystemExit(3)", "threading.Thread(target=wait, daemon=True).start()"],
+    [
+        "",
+        "sys.exit(3)",
+        "raise SystemExit(3)",
+        "threading.Thread(target=wait, daemon=True).start()",
+    ],
 )
 def test_a_program_may_end_with_an_open_manager(ending: str):
     program = f"""
