@@ -285,6 +285,13 @@ class TestLeaving:
         ticket = use(pool, "a", 104)
         assert told(pool.leave(ticket, 105)) == ["unload a"]
 
+    def test_a_caller_may_say_how_long_it_stays_from_then_on(self):
+        pool = pool_of("a")
+        visit(pool, "a", 0)
+        assert pool.next_time == inf
+        pool.ask(Ticket("a", "load", keep_alive_s=5), 10)
+        assert pool.next_time == 15
+
     def test_a_pinned_model_is_kept_alive(self):
         pool = pool_of("a")
         pool.members["a"].keep_alive_s = 1

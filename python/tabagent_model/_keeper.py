@@ -40,7 +40,10 @@ Step = Literal["load", "drain", "unload"]
 
 @dataclass(frozen=True)
 class ModelEvent:
-    """A step in the life of a model: it begins with progress 0.0 and ends with 1.0."""
+    """A step in the life of a model: it begins with progress 0.0 and ends with 1.0.
+
+    A drain has no end if nobody wants the model gone any more.
+    """
 
     model: str
     step: Step

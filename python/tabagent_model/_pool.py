@@ -43,6 +43,8 @@ class Ticket:
     """How long those are waited for who use what has to leave."""
     needs: int | None = None
     """Bytes, if that was found out anew."""
+    keep_alive_s: float | None = None
+    """Of the model from then on, if that is wished."""
     number: int = 0
     ends_at: float = inf
     passed_over: int = 0
@@ -328,6 +330,8 @@ class Pool:
         if ticket.wish == "use":
             member.users.append(ticket)
             member.was_used = True
+        if ticket.keep_alive_s is not None:
+            member.keep_alive_s = ticket.keep_alive_s
         if ticket.wish != "unload":
             member.used_at = self._now
             self._pass_over(member.name, ticket.number)

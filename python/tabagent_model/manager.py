@@ -2,8 +2,8 @@
 
 What is loaded, who waits and what leaves is decided by the rules in `_pool.py`, and done by the
 keeper (`_keeper.py`), which both faces share; they differ in how they wait for its answer. A model
-that is unloaded and loaded again is the same object, so whoever has it, like a session, goes on where
-he was.
+that is unloaded and loaded again is the same object, so whoever has it goes on where he was, like a
+session.
 """
 
 from __future__ import annotations
@@ -175,10 +175,17 @@ class _Manager(Generic[M]):
             return
 
     def _ticket(
-        self, wish: Wish, name: str | None, owner: object, grace: Duration | None = None
+        self,
+        wish: Wish,
+        name: str | None,
+        owner: object,
+        grace: Duration = -1,
+        keep_alive: Duration | None = None,
     ) -> Ticket:
-        grace_s = inf if grace is None else seconds_of("grace", grace)
-        return Ticket(self._name(name), wish, owner, grace_s)
+        ticket = Ticket(self._name(name), wish, owner, seconds_of("grace", grace))
+        if keep_alive is not None:
+            ticket.keep_alive_s = seconds_of("keep_alive", keep_alive)
+        return ticket
 
     def _name(self, name: str | None) -> str:
         members = self._keeper.pool.members
@@ -202,12 +209,19 @@ class ModelManager(_Manager[Model], metaclass=_OnePerProcess):
     _kind = Model
 
     @contextmanager
-    def use(self, name: str | None = None, *, timeout_s: float | None = None) -> Iterator[Model]:
+    def use(
+        self,
+        name: str | None = None,
+        *,
+        keep_alive: Duration | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[Model]:
         """A model that is loaded, and stays so as long as the `with` lasts.
 
-        If there is no room, it waits until others are idle, for `timeout_s` at most.
+        If there is no room, it waits until others are idle, for `timeout_s` at most. `keep_alive`
+        holds for this model from then on.
         """
-        ticket = self._ticket("use", name, threading.get_ident())
+        ticket = self._ticket("use", name, threading.get_ident(), keep_alive=keep_alive)
         try:
             yield self._wait(ticket, timeout_s)
         finally:
@@ -219,17 +233,28 @@ class ModelManager(_Manager[Model], metaclass=_OnePerProcess):
         name: str | None = None,
         preload: Literal[False] = False,
         *,
+        keep_alive: Duration | None = None,
         timeout_s: float | None = None,
     ) -> Model: ...
     @overload
     def load_model(
-        self, name: str | None = None, *, preload: Literal[True], timeout_s: float | None = None
+        self,
+        name: str | None = None,
+        *,
+        preload: Literal[True],
+        keep_alive: Duration | None = None,
+        timeout_s: float | None = None,
     ) -> None: ...
     def load_model(
-        self, name: str | None = None, preload: bool = False, *, timeout_s: float | None = None
+        self,
+        name: str | None = None,
+        preload: bool = False,
+        *,
+        keep_alive: Duration | None = None,
+        timeout_s: float | None = None,
     ) -> Model | None:
         """Load a model, or find it loaded. With `preload` that begins, and nobody waits for it."""
-        ticket = self._ticket("load", name, threading.get_ident())
+        ticket = self._ticket("load", name, threading.get_ident(), keep_alive=keep_alive)
         if preload:
             self._keeper.measure(ticket)
             self._keeper.ask(ticket)
@@ -304,10 +329,14 @@ class AsyncModelManager(_Manager[AsyncModel], metaclass=_OnePerProcess):
 
     @asynccontextmanager
     async def use(
-        self, name: str | None = None, *, timeout_s: float | None = None
+        self,
+        name: str | None = None,
+        *,
+        keep_alive: Duration | None = None,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[AsyncModel]:
         """As `ModelManager.use`, in an `async with`."""
-        ticket = self._ticket("use", name, _task())
+        ticket = self._ticket("use", name, _task(), keep_alive=keep_alive)
         try:
             yield await self._wait(ticket, timeout_s)
         finally:
@@ -319,17 +348,28 @@ class AsyncModelManager(_Manager[AsyncModel], metaclass=_OnePerProcess):
         name: str | None = None,
         preload: Literal[False] = False,
         *,
+        keep_alive: Duration | None = None,
         timeout_s: float | None = None,
     ) -> AsyncModel: ...
     @overload
     async def load_model(
-        self, name: str | None = None, *, preload: Literal[True], timeout_s: float | None = None
+        self,
+        name: str | None = None,
+        *,
+        preload: Literal[True],
+        keep_alive: Duration | None = None,
+        timeout_s: float | None = None,
     ) -> None: ...
     async def load_model(
-        self, name: str | None = None, preload: bool = False, *, timeout_s: float | None = None
+        self,
+        name: str | None = None,
+        preload: bool = False,
+        *,
+        keep_alive: Duration | None = None,
+        timeout_s: float | None = None,
     ) -> AsyncModel | None:
         """As `ModelManager.load_model`."""
-        ticket = self._ticket("load", name, _task())
+        ticket = self._ticket("load", name, _task(), keep_alive=keep_alive)
         if preload:
             await _in_executor(lambda: self._keeper.measure(ticket))
             self._keeper.ask(ticket)
