@@ -33,9 +33,10 @@ lint: $(VENV)/installed-for-tests
 bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m benches
 
-# 100,000 requests of eight users; `make test` has 500 of them.
+# 100,000 requests of eight users, and 200 swaps; `make test` has 500 and 30 of them.
 soak: $(VENV)/installed-for-tests
 	$(BIN)/python -m tests.soak
+	TABAGENT_SWAP_ROUNDS=200 $(BIN)/python -m pytest -s tests/real/test_manager.py -k swapping
 
 docs:
 	@echo "README.md          what it is and how to begin"

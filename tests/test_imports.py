@@ -46,6 +46,10 @@ MAY_IMPORT = {
         *("_core", "_courier", "_crowd", "_loading", "_log", "_options", "_prompt"),
         *("chat", "errors", "metrics", "params", "pin", "results", "stream", "tool_loop"),
     },
+    "_pool": {"errors", "params"},
+    "_snapshots": {"_session_file", "chat", "errors", "model"},  # both for type checkers only
+    "_keeper": {"_loading", "_pool", "_snapshots", "errors", "model", "params"},
+    "manager": {"_keeper", "_pool", "_prompt", "_snapshots", "errors", "model", "params"},
     "testing": {"errors", "params", "results"},
 }
 

@@ -1,4 +1,4 @@
-"""Each Python example of the README and the guide runs as it stands, in a process of its own."""
+"""Each Python example of the README and the guides runs as it stands, in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [
     pytest.param(example, id=f"{page.stem}-{number}")
-    for page in (ROOT / "README.md", ROOT / "docs/guide.md")
+    for page in (ROOT / "README.md", ROOT / "docs/guide.md", ROOT / "docs/models.md")
     for number, example in enumerate(
         re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL), 1
     )

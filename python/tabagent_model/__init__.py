@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _native  # before everything else: it loads the native libraries
+from ._keeper import ManagedModel, ModelEvent, ModelUsage
 from .chat import AsyncSession, Session
 from .errors import (
     BackendError,
@@ -33,6 +34,7 @@ from .errors import (
     ModelCorruptedError,
     ModelNotFoundError,
     ModelNotLoadedError,
+    NoRoomError,
     OutOfMemoryError,
     QueueFullError,
     QueueTimeoutError,
@@ -44,6 +46,7 @@ from .errors import (
     UnreadableModelError,
     UnsupportedModelError,
 )
+from .manager import AsyncModelManager, ModelManager
 from .model import AsyncModel, Model, inspect
 from .params import GenerationConfig, ModelConfig
 from .pin import Pin
@@ -93,6 +96,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AsyncChatStream",
     "AsyncModel",
+    "AsyncModelManager",
     "AsyncSession",
     "AsyncTextStream",
     "BackendError",
@@ -115,13 +119,18 @@ __all__ = [
     "InvalidModelError",
     "InvalidRequestError",
     "LoadCancelledError",
+    "ManagedModel",
     "Model",
     "ModelBusyError",
     "ModelConfig",
     "ModelCorruptedError",
     "ModelDescription",
+    "ModelEvent",
+    "ModelManager",
     "ModelNotFoundError",
     "ModelNotLoadedError",
+    "ModelUsage",
+    "NoRoomError",
     "OutOfMemoryError",
     "Pin",
     "PyContext",

@@ -138,6 +138,8 @@ class Courier(threading.Thread):
         self._inboxes: dict[int, Inbox | LoopInbox] = {}
         self._lock = threading.Lock()
         self._end: TabAgentModelError | None = None
+        self.on_turn: Callable[[], object] = lambda: None
+        """Called in any thread when the first request comes, and when the last one is gone."""
         _couriers.add(self)
         self.start()
 
@@ -147,10 +149,13 @@ class Courier(threading.Thread):
             prompt = request.prompt() if callable(request.prompt) else request.prompt
             with self._lock:  # against a goodbye that would miss this inbox
                 self.check()
+                was_idle = self.is_idle
                 self._inboxes[request.id] = inbox
+            if was_idle:
+                self.on_turn()
             self._context.submit(request.id, prompt, request.params)
         except Exception:
-            self._inboxes.pop(request.id, None)
+            self._forget(request.id)
             raise
         except BaseException:  # Ctrl-C: nobody knows whether it had been submitted by then
             self.abandon(request.id)
@@ -164,7 +169,7 @@ class Courier(threading.Thread):
 
     def abandon(self, request_id: int) -> None:
         """End a request whose reader is gone."""
-        self._inboxes.pop(request_id, None)
+        self._forget(request_id)
         self.abort(request_id)
 
     def close(self) -> None:
@@ -174,6 +179,11 @@ class Courier(threading.Thread):
         self._context.close()
         if threading.current_thread() is not self:
             self.join(timeout=1.0)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for anything."""
+        return not self._inboxes
 
     def carries(self, request_id: int) -> bool:
         """Whether the last event of a request is still to come."""
@@ -234,7 +244,7 @@ class Courier(threading.Thread):
             elif inbox is not None:
                 by_loop.setdefault(inbox.loop, []).append((inbox, event))
             if event.is_last:  # forgotten only now: what is not carried any more has arrived
-                self._inboxes.pop(event.request_id, None)
+                self._forget(event.request_id)
         if _is_exiting:
             return
         for loop, letters in by_loop.items():
@@ -243,6 +253,10 @@ class Courier(threading.Thread):
             except RuntimeError:  # the loop was closed, and with it went every reader
                 for _, event in letters:
                     self.abandon(event.request_id)
+
+    def _forget(self, request_id: int) -> None:
+        if self._inboxes.pop(request_id, None) is not None and self.is_idle:
+            self.on_turn()
 
 
 class Inbox:

@@ -103,6 +103,11 @@ def identity_of(model: _Base) -> str:
     return identity
 
 
+def forget_identity(model: _Base) -> None:
+    """The model was loaded again, maybe from another file at the same path."""
+    _identities.pop(model, None)
+
+
 def engine_of(model: _Base) -> dict[str, Any]:
     """On what the bytes of a state depend besides the model."""
     config = model.config

@@ -70,6 +70,7 @@ class _Session:
         """Tokens mean something to one model only, and `reload` may bring another."""
         self._turn: _Turn | None = None
         self._lock = threading.RLock()  # a stream that is collected meanwhile ends its turn
+        model._sessions.add(self)
 
     @property
     def system(self) -> str | None:
@@ -88,6 +89,7 @@ class _Session:
             twin = copy.copy(self)
             twin._messages = copy.deepcopy(self._messages)
         twin._turn, twin._lock = None, threading.RLock()
+        self._model._sessions.add(twin)
         return twin
 
     def undo(self) -> str:

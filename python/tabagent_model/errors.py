@@ -10,6 +10,7 @@ TabAgentModelError (RuntimeError)
 ├── LoadCancelledError
 ├── BackendError (ImportError)      no usable llama.cpp library in the package's folder
 ├── OutOfMemoryError (MemoryError)
+│   └── NoRoomError                 what a manager could unload for a model is not enough
 ├── ContextTooSmallError            llama.cpp could not make the context that was asked for
 ├── InvalidRequestError (ValueError)
 │   └── ContextLimitExceededError   the prompt does not fit the context
@@ -22,7 +23,7 @@ TabAgentModelError (RuntimeError)
 ├── GenerationCancelled             somebody else cancelled the request one waits for
 ├── QueueFullError
 │   └── QueueTimeoutError (TimeoutError)   no place within `max_queue_wait_s`
-├── ModelBusyError                  a logits hook asked the model that waits for it
+├── ModelBusyError                  who asks is what would be waited for
 ├── ModelNotLoadedError
 ├── ForkedProcessError
 ├── HardwareError                   the processor cannot be identified
@@ -102,6 +103,12 @@ class OutOfMemoryError(TabAgentModelError, MemoryError):
     free: int
 
 
+class NoRoomError(OutOfMemoryError):
+    """A manager has no room for a model, and nothing that could leave; `pinned` are their names."""
+
+    pinned: tuple[str, ...]
+
+
 class ContextTooSmallError(TabAgentModelError):
     """llama.cpp could not create a context of the size that was asked for."""
 
@@ -162,7 +169,8 @@ class QueueTimeoutError(QueueFullError, TimeoutError):
 
 
 class ModelBusyError(TabAgentModelError):
-    """A logits hook asked its own model, which waits for the hook."""
+    """Who asks is what would be waited for: a logits hook of its model, or whoever uses a model
+    that would have to leave for what he wants."""
 
 
 class ModelNotLoadedError(TabAgentModelError):

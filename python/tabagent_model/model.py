@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast, overload
+from weakref import WeakSet
 
 from . import _core, _courier, _loading, _log
 from ._courier import Context, Courier, Request, request_ids
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from ._core import PyModel, UnloadReport
-    from .chat import ChatPrompt
+    from .chat import ChatPrompt, _Session
     from .tool_loop import OnEvent, ToolRun
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ class _Base:
         config: ModelConfig | None = None,
     ) -> None:
         self._config = config or ModelConfig()
+        self._sessions: WeakSet[_Session] = WeakSet()
         self._adopt(context, native_model)
 
     @property
