@@ -23,7 +23,12 @@ MAY_IMPORT = {
     "_prompt": {"errors"},
     "stream": {"_courier", "errors", "results"},
     "_crowd": {"_courier", "errors", "results", "stream"},
-    "_loading": {"_core", "_courier", "_log", "_native", "errors", "params", "stream"},
+    "_frames": {"errors", "results"},
+    "_child": {"_core", "_frames", "errors", "params"},
+    "_verdicts": {"_cache", "_native", "errors", "params"},
+    "_remote": {"_child", "_core", "_courier", "_frames", "_verdicts", "errors", "params"},
+    "_loading": {"_core", "_courier", "_log", "_native", "_remote", "errors", "params", "stream"},
+    "worker": {"_core", "_frames", "_loading", "errors", "params", "stream"},
     "_session_file": {"_core", "errors", "model"},  # the model for type checkers only
     "chat": {
         *("_courier", "_prompt", "_session_file", "errors"),
@@ -31,7 +36,7 @@ MAY_IMPORT = {
     },
     "model": {
         *("_core", "_courier", "_crowd", "_loading", "_log", "_prompt"),
-        *("chat", "errors", "metrics", "params", "pin", "results", "stream"),
+        *("_remote", "chat", "errors", "metrics", "params", "pin", "results", "stream"),
     },
     "testing": {"errors", "params", "results"},
 }

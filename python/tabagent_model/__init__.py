@@ -30,7 +30,9 @@ from .errors import (
     ModelCorruptedError,
     ModelNotFoundError,
     ModelNotLoadedError,
+    ModelQuarantinedError,
     OutOfMemoryError,
+    ProtocolError,
     QueueFullError,
     QueueTimeoutError,
     SamplingError,
@@ -40,6 +42,7 @@ from .errors import (
     TokenizationError,
     UnreadableModelError,
     UnsupportedModelError,
+    WorkerCrashedError,
 )
 from .model import AsyncModel, Model, inspect
 from .params import GenerationConfig, ModelConfig
@@ -81,8 +84,10 @@ __all__ = [
     "ModelDescription",
     "ModelNotFoundError",
     "ModelNotLoadedError",
+    "ModelQuarantinedError",
     "OutOfMemoryError",
     "Pin",
+    "ProtocolError",
     "PyContext",
     "PyModel",
     "QueueFullError",
@@ -98,6 +103,7 @@ __all__ = [
     "UnreadableModelError",
     "UnsupportedModelError",
     "Usage",
+    "WorkerCrashedError",
     "__version__",
     "get_cpu_variant",
     "get_optimal_binary",
