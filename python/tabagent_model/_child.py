@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from .params import ModelConfig
 
 
+# Until its first word: Python has to start, perhaps on a busy machine.
+START_S = 30.0
+
+
 class Child:
     """One worker process, from its start to its end."""
 
@@ -38,6 +42,7 @@ class Child:
         self._config = config
         self._beat_s = min(1.0, config.watchdog_s / 4)
         self._silent_s = self._stuck_s = 0.0
+        self._has_begun = False
         self._pulse: Any = None
         self._last_rss_mb: float | None = None
         self._answers: dict[int, Answer] = {}
@@ -175,7 +180,7 @@ class Child:
             if message is None:
                 self._note_silence(within if under_way or self._answers else 0.0)
                 return []
-            self._silent_s = 0.0
+            self._silent_s, self._has_begun = 0.0, True
             return self._take(message)
         except WorkerCrashedError:
             raise
@@ -253,7 +258,7 @@ class Child:
 
     def _note_silence(self, seconds: float) -> None:
         self._silent_s = self._silent_s + seconds if seconds else 0.0
-        if self._silent_s >= self._config.watchdog_s:
+        if self._silent_s >= max(self._config.watchdog_s, 0.0 if self._has_begun else START_S):
             raise self.end(self._crash(f" after {self._silent_s:.0f} s without a sign of life"))
 
     def _note_beat(self, pulse: Any, is_busy: Any, rss_mb: Any) -> None:

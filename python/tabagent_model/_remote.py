@@ -249,15 +249,14 @@ class Keeper:
         keywords: Mapping[str, Any] | None = None,
         within: float | None = None,
     ) -> Any:
-        """Of the worker; if there is none, of the next."""
-        until = None if within is None else time.monotonic() + within
+        """Of the worker; if there is none, of the next, unless the answer must come soon."""
         with self._open():
             while (child := self._living) is None:
+                if within is not None:
+                    raise Empty
                 if not self._child:
                     self._start_another()
-                left = None if until is None else until - time.monotonic()
-                if not self._changed.wait(left):
-                    raise Empty
+                self._changed.wait()
                 self._check()
         return child.call(on, method, arguments, keywords, within)
 
