@@ -162,7 +162,7 @@ class Child:
     def tell(self, message: Mapping[str, Any], data: Sequence[bytes] = ()) -> None:
         """Send what needs no answer. If it is gone, whoever hears will know."""
         if self.released:
-            message = {**message, "released": [self.released.popleft() for _ in self.released]}
+            message = {**message, "released": self._take_released()}
         try:
             self._wire.send(message, data)
         except OSError:
@@ -219,6 +219,9 @@ class Child:
         self._wire.disown()
         self._process.returncode = 0  # else it would be waited for
 
+    def _take_released(self) -> list[int]:
+        return [self.released.popleft() for _ in range(len(self.released))]
+
     def _take(self, message: Message) -> list[RemoteEvent]:
         if (told := message.get("events")) is not None:
             return [event_of(each) for each in told]
@@ -247,7 +250,7 @@ class Child:
         with self._lock:
             answer = self._answers.pop(message["id"], None)
         if answer is None:
-            raise ProtocolError(f"an answer to a question that is not open: {message['id']!r:.40}")
+            return  # Ctrl-C struck who had asked
         if "error" in message:
             answer(None, error_of(message["error"]))
         else:

@@ -245,6 +245,8 @@ def pack(value: Any, data: list[bytes], keep: Callable[[Any], Any] | None = None
 def unpack(value: Any, data: Sequence[bytes], make: Callable[[Any], Any] | None = None) -> Any:
     """What `pack` was given; `make` gets what `keep` said."""
     if type(value) is list:
+        if set(map(type, value)) <= _PLAIN:
+            return value
         return [unpack(each, data, make) for each in value]
     if type(value) is not dict:
         return value

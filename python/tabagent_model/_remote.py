@@ -224,9 +224,9 @@ class Keeper:
         try:
             self._send(child, request_id, request)
             self._settle(child, request_id, request)
-        except Exception:
+        except Exception as error:
             self._requests.pop(request_id, None)
-            raise
+            raise self._told(error) from None
 
     def abort(self, request_id: int) -> None:
         with self._open():
@@ -258,7 +258,10 @@ class Keeper:
                     self._start_another()
                 self._changed.wait()
                 self._check()
-        return child.call(on, method, arguments, keywords, within)
+        try:
+            return child.call(on, method, arguments, keywords, within)
+        except WorkerCrashedError as error:
+            raise self._told(error) from None
 
     def next_events(self) -> list[RemoteEvent]:
         """Sleep until something has happened. An empty list means that it is closed."""
@@ -326,6 +329,12 @@ class Keeper:
             raise ModelNotLoadedError("the model was unloaded", hint="load it again")
         if self._refusal is not None and (self._is_quarantined or not self._may_start):
             raise copy(self._refusal)
+
+    def _told(self, error: Exception) -> Exception:
+        """Who asked while the model was unloaded hears that, not that the worker was killed."""
+        if self._is_closed and isinstance(error, WorkerCrashedError):
+            return ModelNotLoadedError("the model was unloaded", hint="load it again")
+        return error
 
     @property
     def _may_start(self) -> bool:
