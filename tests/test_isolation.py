@@ -92,6 +92,15 @@ def lines(prompt):
         worker._core.put_log("warning", "a line of the engine")
     yield "."
 
+class ChatParser:
+    def __init__(self):
+        self.pieces = []
+    def feed(self, text):
+        self.pieces.append(text)
+        return [("content", text)]
+    def finish(self, is_complete=True):
+        return [("content", "!")], {"pieces": "".join(self.pieces), "complete": is_complete}
+
 class ScriptedModel:
     path, load_time_ms, gpu_layers = "scripted.gguf", 1.5, 0
     size_bytes, n_params, is_repacked = 10, 2, False
@@ -107,6 +116,8 @@ class ScriptedModel:
     def open_files(self):
         return {int(fd): os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
                 if os.path.exists(f"/proc/self/fd/{fd}")}
+    def parser(self):
+        return ChatParser()
     def echo(self, *given, **named):
         return given, named
     def fail(self):
@@ -409,6 +420,16 @@ def test_values_of_every_kind_travel_both_ways(model: Model):
     assert native.echo(*VALUES, key=VALUES) == (tuple(VALUES), {"key": VALUES})
     big = os.urandom(2_000_000)
     assert native.echo(big) == ((big,), {})
+
+
+def test_a_parser_is_not_asked_for_every_piece(model: Model):
+    parser: Any = model._native.parser()  # type: ignore[union-attr]
+    deltas = [parser.feed(letter) for letter in "abc" * 50]
+    assert deltas[0] == [("content", "a")]
+    assert [] in deltas
+    rest, message = parser.finish(False)
+    assert "".join(text for found in (*deltas, rest) for _, text in found) == "abc" * 50 + "!"
+    assert message == {"pieces": "abc" * 50, "complete": False}
 
 
 def test_only_public_methods_can_be_called(model: Model):

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
@@ -257,7 +258,8 @@ class Child:
             answer(unpack(message["value"], message.get("data", ()), self._object), None)
 
     def _object(self, described: Message) -> RemoteObject:
-        return RemoteObject(self, described)
+        kind = RemoteParser if described["kind"] == "ChatParser" else RemoteObject
+        return kind(self, described)
 
     def _note_silence(self, seconds: float) -> None:
         self._silent_s = self._silent_s + seconds if seconds else 0.0
@@ -312,11 +314,40 @@ class RemoteObject:
             if name in self._facts:
                 return self._facts[name]
             if name in self._methods:
-                return lambda *given, **named: self._child.call(self._number, name, given, named)
+                return lambda *given, **named: self._ask(name, *given, **named)
         raise AttributeError(f"there is no `{name}` in the worker")
+
+    def _ask(self, method: str, *given: Any, **named: Any) -> Any:
+        return self._child.call(self._number, method, given, named)
 
     def __del__(self) -> None:
         self._child.released.append(self._number)
+
+
+class RemoteParser(RemoteObject):
+    """Reads an answer piece by piece. It is asked for a fiftieth of the time at most, as it parses
+    in this process: what comes meanwhile is held back."""
+
+    def __init__(self, child: Child, described: Message) -> None:
+        super().__init__(child, described)
+        self._text = ""
+        self._rests_until = 0.0
+
+    def feed(self, text: str) -> list[Any]:
+        self._text += text
+        if (begun := time.monotonic()) < self._rests_until:
+            return []
+        found: list[Any] = self._ask("feed", self._text)
+        self._text = ""
+        now = time.monotonic()
+        self._rests_until = now + 50 * (now - begun)
+        return found
+
+    def finish(self, is_complete: bool = True) -> tuple[list[Any], Any]:
+        found: list[Any] = self._ask("feed", self._text) if self._text else []
+        self._text = ""
+        rest, message = self._ask("finish", is_complete)
+        return found + rest, message
 
 
 def calling(

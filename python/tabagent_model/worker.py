@@ -138,7 +138,7 @@ class Worker:
     def _keep(self, thing: Any) -> Message:
         number = next(self._numbers)
         self._objects[number] = thing
-        return {"number": number, **_described(thing)}
+        return {"number": number, "kind": type(thing).__name__, **_described(thing)}
 
     def _tell_events(self) -> None:
         context = self._objects["context"]
