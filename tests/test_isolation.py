@@ -50,7 +50,6 @@ from tabagent_model._frames import (
     told_of,
     unpack,
 )
-
 from tabagent_model.params import BUNDLED_MODEL
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no workers here")
@@ -319,7 +318,10 @@ def test_every_error_arrives_with_its_class_and_its_facts(kind: type[TabAgentMod
     ("told", "found"),
     [
         ({"kind": "TypeError", "message": "x"}, TypeError("x")),
-        ({"kind": "KeyboardInterrupt", "message": "x"}, errors.InternalError("KeyboardInterrupt: x")),
+        (
+            {"kind": "KeyboardInterrupt", "message": "x"},
+            errors.InternalError("KeyboardInterrupt: x"),
+        ),
         ({"kind": "Any", "message": "x"}, errors.InternalError("Any: x")),
         ({"kind": "_restore"}, errors.InternalError("_restore: ")),
         ({"kind": "eval", "message": "1"}, errors.InternalError("eval: 1")),
@@ -514,7 +516,7 @@ async def test_a_load_that_is_cancelled_leaves_nothing(scripted: Callable[[str],
 
 
 def test_a_file_that_is_none_needs_no_worker(tmp_path: Path):
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF" * 10)
+    (tmp_path / "bad.gguf").write_bytes(b"<html>" * 10)
     with pytest.raises(errors.InvalidModelError):
         Model.load(tmp_path / "bad.gguf", isolation="process")
     with pytest.raises(FileNotFoundError):
@@ -525,7 +527,7 @@ def test_the_tokenizer_alone_can_be_isolated():
     with Model.load(isolation="process", vocab_only=True) as model:
         assert model.detokenize(model.tokenize("to be")) == "to be"
         os.kill(pid_of(model), signal.SIGKILL)
-        assert until(lambda: "to be" == tokenized_again(model))
+        assert until(lambda: tokenized_again(model) == "to be")
     assert children() == []
 
 
@@ -542,9 +544,7 @@ def test_another_version_is_refused(scripted: Callable[[str], None], monkeypatch
         Model.load(isolation="process")
 
 
-def test_a_file_that_was_never_seen_is_tried_first(
-    scripted: Callable[[str], None], tmp_path: Path
-):
+def test_a_file_that_was_never_seen_is_tried_first(scripted: Callable[[str], None], tmp_path: Path):
     path = shutil.copy(BUNDLED_MODEL, tmp_path / "m.gguf")
     fatal = "globals().update(FATAL=True)"
     scripted(fatal)
@@ -612,7 +612,7 @@ def test_the_third_death_within_a_minute_is_a_quarantine_until_a_probe_goes_well
         lambda: Model.load(model.config),
         lambda: Model.load(model.config, probe=False),
     ):
-        with pytest.raises(ModelQuarantinedError, match="SIGSEGV.*\n\nhint: .*`probe=True`"):
+        with pytest.raises(ModelQuarantinedError, match=r"SIGSEGV.*\n\nhint: .*`probe=True`"):
             use()
     with Model.load(model.config, n_ctx=32) as other:  # with other settings it is another matter
         assert other.generate("Count").text == ANSWER
@@ -722,6 +722,10 @@ async def test_an_event_loop_goes_on_beside_a_worker_that_hangs():
 # Ends
 
 
+def num_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def children() -> list[int]:
     path = Path(f"/proc/self/task/{os.getpid()}/children")
     tasks = Path("/proc/self/task").iterdir() if path.exists() else []
@@ -732,7 +736,7 @@ def children() -> list[int]:
 def test_unload_ends_the_worker_and_gives_everything_back():
     with Model.load(isolation="process"):  # what is made once per process
         pass
-    before = len(os.listdir("/proc/self/fd")), threading.active_count(), children()
+    before = num_files(), threading.active_count(), children()
     for _ in range(3):
         model = Model.load(isolation="process")
         stream = model.stream("forever", max_tokens=-1)
@@ -746,7 +750,7 @@ def test_unload_ends_the_worker_and_gives_everything_back():
         assert not model.unload()["was_loaded"]
         with pytest.raises(ModelNotLoadedError):
             model.generate("Count")
-    after = len(os.listdir("/proc/self/fd")), threading.active_count(), children()
+    after = num_files(), threading.active_count(), children()
     assert after == before
 
 
@@ -870,4 +874,3 @@ def test_a_program_that_is_no_python_is_told_so(monkeypatch: pytest.MonkeyPatch)
 def test_200_streams_share_a_worker(model: Model):
     with Model.load(isolation="process", queue_size=256) as model:
         assert [a.text for a in model.generate(["Count"] * 200)] == [ANSWER] * 200
-

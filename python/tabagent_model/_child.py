@@ -55,21 +55,21 @@ class Child:
         self._under_way: Collection[int] = ()
         self.released: deque[int] = deque()
         """Objects there that nobody holds here any more; told with the next message."""
+        program = command()
         self._notes = _notes()
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(True)  # whatever the program's default is
+        self._wire = Wire(ours)
+        arguments = [str(theirs.fileno()), str(os.getpid()), str(self._beat_s)]
         try:
-            ours, theirs = socket.socketpair()
-            ours.setblocking(True)  # whatever the program's default is
-            theirs.setblocking(True)
-            self._wire = Wire(ours)
-            with theirs:
-                self._process = _spawned(
-                    [*command(), str(theirs.fileno()), str(os.getpid()), str(self._beat_s)],
-                    theirs.fileno(),
-                    self._notes,
-                )
+            self._process = _spawned([*program, *arguments], theirs.fileno(), self._notes)
         except BaseException:
+            self._wire.close()
             os.close(self._notes)
             raise
+        finally:
+            theirs.close()
 
     @property
     def pid(self) -> int:

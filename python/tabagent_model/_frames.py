@@ -53,7 +53,8 @@ class Wire:
         frame = _LENGTH.pack(len(body)) + body
         # Ctrl-C in the middle of a frame would be the end of all understanding. It strikes the main
         # thread only, and never in what the system takes at once.
-        if (len(frame) > _AT_ONCE or data) and threading.current_thread() is threading.main_thread():
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and (data or len(frame) > _AT_ONCE):
             sender = threading.Thread(target=self._send_quietly, args=(frame, data), daemon=True)
             sender.start()
             sender.join()

@@ -97,7 +97,7 @@ class _Loading(threading.Thread):
     def _load(self) -> Loaded:
         config = self._config
         if config.isolation == "process" or self._probe:
-            from . import _remote  # few need it, and all would pay for what it imports
+            from . import _remote
 
             if config.isolation == "process":
                 return _remote.open_isolated(

@@ -169,9 +169,9 @@ class _Request:
 class Keeper:
     """Keeps a worker for one model: hears it, answers for it when it dies, starts the next.
 
-        up ──dies──▶ starting ──loaded──▶ up
-                        └──fails──▶ down: that is told, and the next request tries again
-        the third death within a minute ──▶ quarantine: no other is started
+    up ──dies──▶ starting ──loaded──▶ up
+                    └──fails──▶ down: that is told, and the next request tries again
+    the third death within a minute ──▶ quarantine: no other is started
     """
 
     def __init__(
@@ -235,7 +235,8 @@ class Keeper:
                 return
             request.is_aborted = True
             if request.is_held:
-                self._end(request_id, RemoteEvent(request_id, is_last=True, finish_reason="cancelled"))
+                cancelled = RemoteEvent(request_id, is_last=True, finish_reason="cancelled")
+                self._end(request_id, cancelled)
                 return
             child = self._child
         if child is not None:
@@ -630,7 +631,7 @@ if hasattr(os, "register_at_fork"):
 _CORPUS = (
     "The quick brown fox jumps over the lazy dog, doesn't it? 3.14159 <html>&amp;</html>\n",
     "def f(x):\n\treturn {**x, 'a': [1, 2, 3]}  # 你好, мир, שלום, हिन्दी, 日本語テキスト\r\n",
-    "👩‍👩‍👧‍👦 e\u0301\u0301\u0301 \u200b\ufeff\u2028 ÅÄÖ ﷺ 𝕳𝖊𝖑𝖑𝖔",
+    "👩‍👩‍👧‍👦 e\u0301\u0301\u0301 \u200b\ufeff\u2028 ÅÄÖ ﷺ \U0001d573\U0001d58a",
     "<|im_start|>system <s></s> [INST] <|endoftext|> <unk> <0x0A>",
     "a" * 2000,
     "-" * 2000 + " " * 2000 + "\n" * 200,

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,10 @@ def pid_of(model: Model | AsyncModel) -> int:
     return int(model.info()["worker_pid"])
 
 
+def num_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def children() -> list[int]:
     found = [(task / "children").read_text() for task in Path("/proc/self/task").iterdir()]
     return [int(pid) for pid in " ".join(found).split()]
@@ -104,10 +110,10 @@ USES: dict[str, Callable[[Model], Any]] = {
     "usage": lambda m: m.generate("Something new that nobody asked before", **GREEDY).usage,
     "chat": lambda m: m.chat("hello", **GREEDY),
     "template": lambda m: m.apply_chat_template([{"role": "user", "content": "hi"}]),
-    "session": lambda m: [(s := m.session()).send(text, **GREEDY) for text in ("hi", "and?")],
+    "session": lambda m: [*map(m.session(**GREEDY).send, ("hi", "and?"))],
     "tokens": lambda m: [m.tokenize(p, False) for p in PROMPTS],
     "text": lambda m: [m.detokenize(m.tokenize(p)) for p in PROMPTS],
-    "count": lambda m: (m.count_tokens("to be"), m.count_tokens([{"role": "user", "content": "a"}])),
+    "count": lambda m: [m.count_tokens(a) for a in ("to be", [{"role": "user", "content": "a"}])],
     "pin": lambda m: m.pin("Once upon").tokens,
     "slots": lambda m: [sorted(slot) for slot in m.slots()],
     "metrics": lambda m: sorted(m.metrics().keys() - {"worker_restarts"}),
@@ -132,7 +138,7 @@ MISTAKES: dict[str, Callable[[Model], Any]] = {
     "a bias": lambda m: m.generate("a", logit_bias={2**30: 1.0}),
     "half a character": lambda m: m.tokenize("\ud800"),
     "no id": lambda m: m.detokenize([2**30]),
-    "no template": lambda m: m.chat("a", template="{{ 1 / 0 }}"),
+    "no template": lambda m: m.chat("a", template="{% for %}"),
     "a role": lambda m: m.chat([{"role": "user", "content": None}]),
     "no time": lambda m: m.generate("a", timeout_s=1e-6, **LONG),
 }
@@ -168,7 +174,7 @@ async def test_the_async_twin_is_the_same(here: Model):
 
 def test_a_session_goes_from_one_to_the_other_and_back(here: Model, there: Model, tmp_path: Path):
     session = here.session()
-    session.send("Tell me a story about a cat.", **GREEDY)
+    session.send("Tell me a story about a cat.", **{**GREEDY, "max_tokens": 60})
     session.save(tmp_path / "one")
     moved = there.load_session(tmp_path / "one")
     answer = moved.send("Go on.", **GREEDY)
@@ -207,9 +213,12 @@ SIGNALS = [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL, signal.SIGSTOP]
 def test_a_worker_may_die_at_any_moment(number: signal.Signals, reference: Completion):
     config = {**CONFIG, "isolation": "process", "watchdog_s": 1.0}
 
+    others = children()
+
     def in_load(fraction: float) -> None:
-        for pid in children():
-            os.kill(pid, number)
+        for pid in {*children()} - {*others}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     with pytest.raises(WorkerCrashedError) as caught:
         Model.load(**config, on_progress=in_load)
@@ -225,7 +234,8 @@ def test_a_worker_may_die_at_any_moment(number: signal.Signals, reference: Compl
                     next(stream)
             os.kill(pid_of(model), number)
             if moment == "idle" and number == signal.SIGSTOP:
-                streams = [model.stream(prompt, **LONG)]
+                with pytest.raises(WorkerCrashedError, match="sign of life"):
+                    model.stream(prompt, **LONG)
             for stream in streams:
                 with pytest.raises(WorkerCrashedError) as caught:
                     for _ in stream:
@@ -249,8 +259,7 @@ def program(after_load: str) -> str:
     return f"""
 import json, sys; sys.path[:] = json.loads(sys.argv[1])
 import ctypes
-from pathlib import Path
-from tabagent_model import _native, worker
+from tabagent_model import worker
 from tabagent_model._loading import load_here
 
 def load(config, progress):
@@ -280,10 +289,8 @@ def test_an_engine_that_stands_still_is_killed_although_python_lives(
 
 @pytest.mark.usefixtures("lenient")
 def test_the_words_of_an_abort_arrive(monkeypatch: pytest.MonkeyPatch):
-    abort = (
-        "library, = _native.LIBRARIES.glob('libggml-base.so*');"
-        "ctypes.CDLL(str(library)).ggml_abort(b'x.c', 7, b'GGML_ASSERT(%s) failed', b'a == b')"
-    )
+    words = "b'x.c', 7, b'GGML_ASSERT(%s) failed', b'a == b'"
+    abort = f"ctypes.CDLL(worker._core.__file__).ggml_abort({words})"
     monkeypatch.setattr(_child, "_PROGRAM", program(abort))
     with pytest.raises(WorkerCrashedError) as caught:
         Model.load(**CONFIG, isolation="process")
@@ -310,12 +317,13 @@ def test_a_pulse_grows_only_with_work(here: Model):
         next(stream)
         during, is_busy = context.pulse()
         assert is_busy
-    assert during > before + 100  # each node of a graph counts
+    assert during > before + 20  # each node of a graph counts
     here.generate(PROMPTS[0], **GREEDY)
     for _ in range(1000):
         idle = context.pulse()
         if not idle[1]:
             break
+        time.sleep(0.002)
     assert not idle[1]
     assert context.pulse() == idle
 
@@ -351,11 +359,11 @@ def test_memory_threads_and_files_come_back():
         assert worker_mb > 5
         answer = model.generate("a", **GREEDY)
         assert abs(answer.metrics.memory_used_mb - worker_mb) < worker_mb
-    before = len(os.listdir("/proc/self/fd")), threading.active_count(), children()
+    before = num_files(), threading.active_count(), children()
     for _ in range(3):
         with Model.load(**CONFIG, isolation="process") as model:
             model.generate("a", **GREEDY)
             streams = [model.stream("a", **LONG) for _ in range(5)]
         del streams
-    after = len(os.listdir("/proc/self/fd")), threading.active_count(), children()
+    after = num_files(), threading.active_count(), children()
     assert after == before
