@@ -74,6 +74,8 @@ class Wire:
                 raise EOFError(str(error)) from None
             if not chunk:
                 raise EOFError("the connection was closed")
+            if not self._arrived and self._head is None and (message := _alone(chunk)):
+                return message
             self._arrived += chunk
         return message
 
@@ -276,6 +278,14 @@ _BUILTIN = (
 )
 _encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 _decode = json.JSONDecoder().decode
+
+
+def _alone(chunk: bytes) -> Message | None:
+    """The message of a frame that came alone and whole, as nearly all do."""
+    if len(chunk) <= _LENGTH.size or _LENGTH.unpack_from(chunk)[0] != len(chunk) - _LENGTH.size:
+        return None
+    message = _decoded(chunk[_LENGTH.size :])
+    return None if "data" in message else message
 
 
 def _decoded(body: bytes) -> Message:

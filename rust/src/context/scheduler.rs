@@ -136,8 +136,10 @@ impl<R: Runner> Scheduler<R> {
         }
         self.tell(); // who was cancelled does not wait for a step of others
         assert!(!std::mem::take(&mut self.panics), "asked to panic");
-        while self.hangs {
-            std::thread::park();
+        if self.hangs {
+            loop {
+                std::thread::park();
+            }
         }
         self.shared.begin_step(&self.running_ids_of_a_long_step());
         let outcome = self.runner.run(&self.batch);
