@@ -24,9 +24,14 @@ MAY_IMPORT = {
     "stream": {"_courier", "errors", "results"},
     "_crowd": {"_courier", "errors", "results", "stream"},
     "_frames": {"errors", "results"},
-    "_child": {"_core", "_frames", "errors", "params"},
+    "_spawn": {"errors"},
+    "_child": {"_core", "_frames", "_spawn", "errors", "params"},
     "_verdicts": {"_cache", "_native", "errors", "params"},
-    "_remote": {"_child", "_core", "_courier", "_frames", "_verdicts", "errors", "params"},
+    "_keeper": {"_child", "_frames", "_spawn", "_verdicts", "errors", "params"},
+    "_remote": {
+        *("_child", "_core", "_courier", "_frames", "_keeper"),
+        *("_verdicts", "errors", "params"),
+    },
     "_loading": {"_core", "_courier", "_log", "_native", "_remote", "errors", "params", "stream"},
     "worker": {"_core", "_frames", "_loading", "errors", "params", "stream"},
     "_session_file": {"_core", "errors", "model"},  # the model for type checkers only

@@ -35,7 +35,8 @@ from tabagent_model import (
     TabAgentModelError,
     WorkerCrashedError,
     _child,
-    _remote,
+    _keeper,
+    _spawn,
     _verdicts,
     errors,
 )
@@ -145,10 +146,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str],
     monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
     monkeypatch.setattr(_verdicts, "_crashes", {})
     monkeypatch.setattr(_verdicts, "_verdicts", {})
-    monkeypatch.setattr(_remote, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(_keeper, "BACKOFF_S", 0.0)
 
     def loading(what: str) -> None:
-        monkeypatch.setattr(_child, "_PROGRAM", WORKER.replace("LOADING", what))
+        monkeypatch.setattr(_spawn, "_PROGRAM", WORKER.replace("LOADING", what))
 
     loading("pass")
     return loading
@@ -670,7 +671,7 @@ def test_no_more_is_held_than_may_wait(model: Model, scripted: Callable[[str], N
 def test_a_worker_that_cannot_be_started_again_is_tried_when_it_is_wanted(
     model: Model, scripted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_remote, "TICK_S", 0.01)
+    monkeypatch.setattr(_keeper, "TICK_S", 0.01)
     scripted("raise OutOfMemoryError('no', needed=3, free=2)")
     with pytest.raises(WorkerCrashedError):
         model.generate("SIGSEGV")
@@ -763,8 +764,8 @@ def test_a_model_that_nobody_holds_ends_its_worker():
 
 HOST = """
 import os, sys, threading, time
-from tabagent_model import Model, _child
-_child._PROGRAM = sys.argv[1]
+from tabagent_model import Model, _spawn
+_spawn._PROGRAM = sys.argv[1]
 models = []
 def load():
     model = Model.load(isolation="process")
@@ -791,7 +792,7 @@ print(models[0][0].info()["worker_pid"], flush=True)
 def test_the_worker_ends_with_its_parent(then: str):
     program = HOST.replace("{then}", then)
     with subprocess.Popen(
-        [sys.executable, "-c", program, _child._PROGRAM],
+        [sys.executable, "-c", program, _spawn._PROGRAM],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -818,7 +819,7 @@ except KeyboardInterrupt:
 """,
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program, _child._PROGRAM],
+        [sys.executable, "-c", program, _spawn._PROGRAM],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -855,7 +856,7 @@ stream.close()
 print(model.generate("Count").text, model.metrics()["worker_restarts"])
 """
     done = subprocess.run(
-        [sys.executable, "-c", HOST.replace("{then}", then), _child._PROGRAM],
+        [sys.executable, "-c", HOST.replace("{then}", then), _spawn._PROGRAM],
         capture_output=True,
         text=True,
         timeout=30,

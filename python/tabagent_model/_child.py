@@ -8,11 +8,9 @@ counted in what was heard, not read from a clock: a laptop that slept is no hung
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -25,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core
 from ._frames import PROTOCOL, Answer, Message, RemoteEvent, Wire, error_of, event_of, pack, unpack
-from .errors import BackendError, LoadCancelledError, ProtocolError, WorkerCrashedError
+from ._spawn import command, last_line, new_notes, spawned
+from .errors import LoadCancelledError, ProtocolError, WorkerCrashedError
 
 if TYPE_CHECKING:
     from .params import ModelConfig
@@ -56,14 +55,14 @@ class Child:
         self.released: deque[int] = deque()
         """Objects there that nobody holds here any more; told with the next message."""
         program = command()
-        self._notes = _notes()
+        self._notes = new_notes()
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(True)  # whatever the program's default is
         self._wire = Wire(ours)
         arguments = [str(theirs.fileno()), str(os.getpid()), str(self._beat_s)]
         try:
-            self._process = _spawned([*program, *arguments], theirs.fileno(), self._notes)
+            self._process = spawned([*program, *arguments], theirs.fileno(), self._notes)
         except BaseException:
             self._wire.close()
             os.close(self._notes)
@@ -287,15 +286,15 @@ class Child:
         else:
             how = f"ended with exit code {code}{why}"
         signal_name = _signal_name(code) if code is not None and code < 0 else None
-        last_line = _last_line(self._notes)
-        said = f"; its last words: {last_line}" if last_line else ""
+        last_words = last_line(self._notes)
+        said = f"; its last words: {last_words}" if last_words else ""
         num = len(self._under_way)
         lost = f" with {num} request{'s' * (num > 1)} under way" if num else ""
         return WorkerCrashedError(
             f"the worker process {self.pid} of `{self._name}` {how}{lost}{said}",
             signal=signal_name,
             exit_code=code if code is not None and code >= 0 else None,
-            last_line=last_line,
+            last_line=last_words,
             request_ids=tuple(self._under_way),
         )
 
@@ -366,52 +365,6 @@ def calling(
     return question, data
 
 
-def command() -> list[str]:
-    """What starts a worker, but for its three arguments."""
-    if not sys.executable or getattr(sys, "frozen", False):
-        message = "there is no Python interpreter to start a worker process with"
-        raise BackendError(message, hint="load it with `isolation='none'`")
-    if not hasattr(os, "register_at_fork"):
-        message = "worker processes are not supported on this system"
-        raise BackendError(message, hint="load it with `isolation='none'`")
-    # Isolated from the environment and the working directory; imports come from where ours do.
-    paths = json.dumps([path for path in sys.path if isinstance(path, str)])
-    return [sys.executable, "-I", "-c", _PROGRAM, paths]
-
-
-_PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    "from tabagent_model.worker import main; main(sys.argv[2:])"
-)
-# The first bytes of a worker's notes are the last line of its log, written by `rust/src/log.rs`;
-# behind them is what it wrote to its stderr.
-_LAST_LINE_BYTES = 1024
-_STDERR_BYTES = 4096
-
-
-def _notes() -> int:
-    """A file without a name, which outlives the worker that writes it."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("tabagent-worker")
-    else:
-        import tempfile
-
-        descriptor, path = tempfile.mkstemp()
-        Path(path).unlink()
-    os.lseek(descriptor, _LAST_LINE_BYTES, os.SEEK_SET)
-    return descriptor
-
-
-def _last_line(notes: int) -> str | None:
-    """What an abort wrote to stderr tells most; otherwise it is what llama.cpp logged last."""
-    begin = max(_LAST_LINE_BYTES, os.fstat(notes).st_size - _STDERR_BYTES)
-    for where, size in ((begin, _STDERR_BYTES), (0, _LAST_LINE_BYTES)):
-        text = os.pread(notes, size, where).replace(b"\0", b"").decode(errors="replace")
-        if lines := text.strip().splitlines():
-            return lines[-1].strip()
-    return None
-
-
 def _signal_name(code: int) -> str:
     import signal
 
@@ -426,58 +379,3 @@ def _check(hello: Any) -> None:
     theirs = {name: hello[name] for name in ours}
     if theirs != ours:
         raise ProtocolError(f"this side speaks {ours}, the other one {theirs}")
-
-
-def _spawned(command: list[str], socket: int, stderr: int) -> subprocess.Popen[bytes]:
-    """Linux kills a worker that asked for it when the *thread* that started it ends, and the one
-    that loads a model soon does. So one thread that lives as long as the process starts them all.
-    """
-    global _spawner
-    with _spawning:
-        if _spawner is None:
-            _spawner = SimpleQueue()
-            thread = threading.Thread(target=_spawn, args=(_spawner,), name="tabagent-spawn")
-            thread.daemon = True
-            thread.start()
-        orders = _spawner
-    started: SimpleQueue[subprocess.Popen[bytes] | BaseException] = SimpleQueue()
-
-    def start() -> None:
-        try:
-            started.put(
-                subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    pass_fds=[socket],
-                    start_new_session=True,  # Ctrl-C on the terminal is for us
-                    env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-                )
-            )
-        except BaseException as error:
-            started.put(error)
-
-    orders.put(start)
-    process = started.get()
-    if isinstance(process, OSError):
-        message = f"no worker process could be started: {process}"
-        raise BackendError(message, hint="load it with `isolation='none'`") from None
-    if isinstance(process, BaseException):
-        raise process
-    return process
-
-
-def disown() -> None:
-    """In a forked child: the thread that starts workers did not come along."""
-    global _spawning, _spawner
-    _spawning, _spawner = threading.Lock(), None
-
-
-def _spawn(orders: SimpleQueue[Callable[[], None]]) -> None:
-    while True:
-        orders.get()()
-
-
-_spawning = threading.Lock()
-_spawner: SimpleQueue[Callable[[], None]] | None = None

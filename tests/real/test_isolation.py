@@ -25,7 +25,8 @@ from tabagent_model import (
     TabAgentModelError,
     WorkerCrashedError,
     _child,
-    _remote,
+    _keeper,
+    _spawn,
     _verdicts,
 )
 from tabagent_model.params import BUNDLED_MODEL
@@ -78,7 +79,7 @@ def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test kills more workers than a user would stand."""
     monkeypatch.setattr(_verdicts, "CRASHES", 1000)
     monkeypatch.setattr(_verdicts, "_crashes", {})
-    monkeypatch.setattr(_remote, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(_keeper, "BACKOFF_S", 0.0)
 
 
 def pid_of(model: Model | AsyncModel) -> int:
@@ -222,11 +223,11 @@ def test_a_worker_may_die_at_any_moment(
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    healthy = _child._PROGRAM
-    monkeypatch.setattr(_child, "_PROGRAM", program("import time; time.sleep(60)"))
+    healthy = _spawn._PROGRAM
+    monkeypatch.setattr(_spawn, "_PROGRAM", program("import time; time.sleep(60)"))
     with pytest.raises(WorkerCrashedError) as caught:
         Model.load(**config, on_progress=in_load)
-    monkeypatch.setattr(_child, "_PROGRAM", healthy)
+    monkeypatch.setattr(_spawn, "_PROGRAM", healthy)
     assert caught.value.request_ids == ()
     expected = "SIGKILL" if number == signal.SIGSTOP else number.name
     assert caught.value.signal == expected
@@ -285,10 +286,10 @@ worker.main(sys.argv[2:], load)
 def test_an_engine_that_stands_still_is_killed_although_python_lives(
     monkeypatch: pytest.MonkeyPatch, reference: Completion
 ):
-    healthy = _child._PROGRAM
-    monkeypatch.setattr(_child, "_PROGRAM", program("context._inject_hang()"))
+    healthy = _spawn._PROGRAM
+    monkeypatch.setattr(_spawn, "_PROGRAM", program("context._inject_hang()"))
     with Model.load(**CONFIG, isolation="process", watchdog_s=1.0) as model:
-        monkeypatch.setattr(_child, "_PROGRAM", healthy)
+        monkeypatch.setattr(_spawn, "_PROGRAM", healthy)
         streams = [model.stream(PROMPTS[0], **LONG) for _ in range(2)]
         assert len(model.tokenize("still here")) > 1
         for stream in streams:
@@ -301,7 +302,7 @@ def test_an_engine_that_stands_still_is_killed_although_python_lives(
 def test_the_words_of_an_abort_arrive(monkeypatch: pytest.MonkeyPatch):
     words = "b'x.c', 7, b'GGML_ASSERT(%s) failed', b'a == b'"
     abort = f"ctypes.CDLL(worker._core.__file__).ggml_abort({words})"
-    monkeypatch.setattr(_child, "_PROGRAM", program(abort))
+    monkeypatch.setattr(_spawn, "_PROGRAM", program(abort))
     with pytest.raises(WorkerCrashedError) as caught:
         Model.load(**CONFIG, isolation="process")
     assert caught.value.signal == "SIGABRT"
