@@ -36,14 +36,24 @@ MAY_IMPORT = {
     "_options": {"_prompt", "errors", "schema", "tools"},
     "stream": {"_courier", "errors", "results", "schema"},  # the schema for type checkers only
     "_crowd": {"_courier", "errors", "results", "stream"},
-    "_loading": {"_core", "_courier", "_log", "_native", "errors", "params", "stream"},
+    "_frames": {"errors", "results"},
+    "_spawn": {"errors"},
+    "_child": {"_core", "_frames", "_spawn", "errors", "params"},
+    "_verdicts": {"_cache", "_native", "errors", "params"},
+    "_respawn": {"_child", "_frames", "_spawn", "_verdicts", "errors", "params"},
+    "_remote": {
+        *("_child", "_core", "_courier", "_frames", "_respawn"),
+        *("_verdicts", "errors", "params"),
+    },
+    "_loading": {"_core", "_courier", "_log", "_native", "_remote", "errors", "params", "stream"},
+    "worker": {"_core", "_frames", "_loading", "errors", "params", "stream"},
     "_session_file": {"_core", "errors", "model"},  # the model for type checkers only
     "chat": {
         *("_courier", "_options", "_prompt", "_session_file", "errors"),
         *("model", "params", "results", "stream"),  # the model for type checkers only
     },
     "model": {
-        *("_core", "_courier", "_crowd", "_loading", "_log", "_options", "_prompt"),
+        *("_core", "_courier", "_crowd", "_loading", "_log", "_options", "_prompt", "_remote"),
         *("chat", "errors", "metrics", "params", "pin", "results", "stream", "tool_loop"),
     },
     "_pool": {"errors", "params"},

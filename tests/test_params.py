@@ -31,6 +31,8 @@ def test_the_defaults_are_the_documented_ones():
         "kv_type": "auto",
         "vocab_only": False,
         "warmup": True,
+        "isolation": "none",
+        "watchdog_s": 60.0,
     }
     assert GenerationConfig().to_dict() == {
         "max_tokens": 512,

@@ -23,9 +23,11 @@ __all__ = [
     "get_cpu_variant",
     "get_optimal_binary",
     "inspect_gguf",
+    "keep_last_line",
     "measure_attention",
     "probe_cpu_module",
     "process_rss_mb",
+    "put_log",
     "start",
     "stop_log",
     "take_log",
@@ -272,6 +274,10 @@ class PyContext:
         """Submit one request and wait for its text. `callback` gets the pieces; False stops."""
     def _inject_panic(self) -> None:
         """For tests: the next step that computes something panics."""
+    def _inject_hang(self) -> None:
+        """For tests: the next step that computes something never ends."""
+    def pulse(self) -> tuple[int, bool]:
+        """A number that grows as long as the engine gets on, and whether it has work to do."""
     def metrics(self) -> dict[str, Any]:
         """Counters, and for each `…_s` a distribution with `count`, `sum` and `buckets`."""
     def slots(self) -> list[dict[str, int | None]]:
@@ -340,6 +346,12 @@ def measure_attention(
 
 def take_log() -> list[tuple[Literal["debug", "info", "warning", "error"], str]]:
     """Sleep until llama.cpp has logged something, and take it. An empty list: shutting down."""
+
+def put_log(level: str, line: str) -> None:
+    """Add a line, of another process, to what `take_log` gives."""
+
+def keep_last_line(descriptor: int) -> None:
+    """From now on the first 1024 bytes of this file are the last line, filled up with zeros."""
 
 def stop_log() -> None: ...
 def get_cpu_variant() -> str: ...

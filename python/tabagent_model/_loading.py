@@ -21,8 +21,10 @@ Loaded = tuple["Context | None", "PyModel"]
 OnProgress = Callable[[float], Any]
 
 
-def open_model(config: ModelConfig, on_progress: OnProgress | None) -> Loaded:
-    loading = _Loading(config, on_progress)
+def open_model(
+    config: ModelConfig, on_progress: OnProgress | None, probe: bool | None = None
+) -> Loaded:
+    loading = _Loading(config, on_progress, probe)
     loading.start()
     try:
         return loading.future.result()
@@ -34,10 +36,12 @@ def open_model(config: ModelConfig, on_progress: OnProgress | None) -> Loaded:
         raise
 
 
-async def open_model_async(config: ModelConfig, on_progress: OnProgress | None) -> Loaded:
+async def open_model_async(
+    config: ModelConfig, on_progress: OnProgress | None, probe: bool | None = None
+) -> Loaded:
     import asyncio
 
-    loading = _Loading(config, on_progress)
+    loading = _Loading(config, on_progress, probe)
     loading.start()
     try:
         return await settle(asyncio.wrap_future(loading.future), loading.give_up)
@@ -62,13 +66,16 @@ class _Loading(threading.Thread):
     It is a daemon: unlike the threads of an executor it does not keep the program from ending.
     """
 
-    def __init__(self, config: ModelConfig, on_progress: OnProgress | None) -> None:
+    def __init__(
+        self, config: ModelConfig, on_progress: OnProgress | None, probe: bool | None
+    ) -> None:
         from concurrent.futures import Future
 
         super().__init__(name="tabagent-load", daemon=True)
         self.future: Future[Loaded] = Future()
         self._config = config
         self._on_progress = on_progress
+        self._probe = probe
         self._is_wanted = True
         _log.start()
         _underway.add(self)
@@ -88,45 +95,60 @@ class _Loading(threading.Thread):
         self._is_wanted = False
 
     def _load(self) -> Loaded:
-        _native.start()
-        config, model = self._config, _core.PyModel()
-        model.load(
-            config.path,
-            gpu_layers=-1 if isinstance(config.gpu_layers, str) else config.gpu_layers,
-            mlock=config.use_mlock,
-            mmap=config.use_mmap,
-            main_gpu=config.main_gpu,
-            vocab_only=config.vocab_only,
-            split_mode=config.split_mode,
-            repack=None if isinstance(config.repack, str) else config.repack,
-            progress=self._progress,
-        )
-        try:
-            context = None if config.vocab_only else self._context_of(model)
-            if not self._is_wanted:
-                raise LoadCancelledError(f"loading `{config.path}` was cancelled")
-        except BaseException:
-            model.unload()
-            raise
-        return context, model
-
-    def _context_of(self, model: PyModel) -> Context:
         config = self._config
-        return model.create_context(
-            config.n_ctx,
-            config.n_batch,
-            config.n_threads,
-            n_seq_max=config.max_parallel,
-            queue_size=config.queue_size,
-            prompt_cache_mb=config.prompt_cache_mb,
-            flash_attn=config.flash_attn,
-            kv_type=config.kv_type,
-            warmup=config.warmup,
-        )
+        if config.isolation == "process" or self._probe:
+            from . import _remote
+
+            if config.isolation == "process":
+                return _remote.open_isolated(
+                    config, self._progress, lambda: self._is_wanted, self._probe
+                )
+            _remote.probe(config, lambda: self._is_wanted)
+        context, model = load_here(config, self._progress)
+        if not self._is_wanted:
+            model.unload()
+            raise LoadCancelledError(f"loading `{config.path}` was cancelled")
+        return context, model
 
     def _progress(self, fraction: float) -> bool:
         wanted = self._on_progress is None or self._on_progress(fraction) is not False
         return wanted and self._is_wanted
+
+
+def load_here(config: ModelConfig, progress: Callable[[float], bool]) -> Loaded:
+    """Into this process."""
+    _native.start()
+    model = _core.PyModel()
+    model.load(
+        config.path,
+        gpu_layers=-1 if isinstance(config.gpu_layers, str) else config.gpu_layers,
+        mlock=config.use_mlock,
+        mmap=config.use_mmap,
+        main_gpu=config.main_gpu,
+        vocab_only=config.vocab_only,
+        split_mode=config.split_mode,
+        repack=None if isinstance(config.repack, str) else config.repack,
+        progress=progress,
+    )
+    try:
+        return None if config.vocab_only else _context_of(model, config), model
+    except BaseException:
+        model.unload()
+        raise
+
+
+def _context_of(model: PyModel, config: ModelConfig) -> Context:
+    return model.create_context(
+        config.n_ctx,
+        config.n_batch,
+        config.n_threads,
+        n_seq_max=config.max_parallel,
+        queue_size=config.queue_size,
+        prompt_cache_mb=config.prompt_cache_mb,
+        flash_attn=config.flash_attn,
+        kv_type=config.kv_type,
+        warmup=config.warmup,
+    )
 
 
 _underway: set[_Loading] = set()

@@ -25,6 +25,9 @@ TabAgentModelError (RuntimeError)
 │   └── QueueTimeoutError (TimeoutError)   no place within `max_queue_wait_s`
 ├── ModelBusyError                  who asks is what would be waited for
 ├── ModelNotLoadedError
+├── WorkerCrashedError              with `isolation="process"`: the worker died, or hung
+├── ModelQuarantinedError           it did so again and again, and is not started any more
+├── ProtocolError                   what came over a socket makes no sense
 ├── ForkedProcessError
 ├── HardwareError                   the processor cannot be identified
 ├── BinaryNotFoundError (FileNotFoundError)
@@ -175,6 +178,26 @@ class ModelBusyError(TabAgentModelError):
 
 class ModelNotLoadedError(TabAgentModelError):
     """The model was never loaded, or has been unloaded."""
+
+
+class WorkerCrashedError(TabAgentModelError):
+    """The worker process of an isolated model died, or was killed because it hung."""
+
+    signal: str | None
+    """The name of the signal that killed it."""
+    exit_code: int | None
+    last_line: str | None
+    """What it wrote last: the words of an abort, or the last line of llama.cpp's log."""
+    request_ids: tuple[int, ...]
+    """Of all requests that were under way."""
+
+
+class ModelQuarantinedError(TabAgentModelError):
+    """This file crashes its worker process with this configuration, and is not tried again."""
+
+
+class ProtocolError(TabAgentModelError):
+    """What came over a socket is not what the protocol allows."""
 
 
 class ForkedProcessError(TabAgentModelError):

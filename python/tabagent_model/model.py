@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from ._core import PyModel, UnloadReport
+    from ._remote import RemoteModel
     from .chat import ChatPrompt, _Session
     from .tool_loop import OnEvent, ToolRun
 
@@ -128,6 +129,8 @@ class _Base:
                 "is_repacked": native.is_repacked,
                 "load_time_ms": native.load_time_ms,
             }
+            if self._is_isolated:
+                facts |= cast("RemoteModel", native).worker()
         return facts
 
     def metrics(self) -> dict[str, Any]:
@@ -170,11 +173,12 @@ class _Base:
         self._courier = None if context is None else Courier(context)
         self._source = Source()
         if native_model is not None:
+            rss_mb = getattr(native_model, "rss_mb", _core.process_rss_mb)
             self._source = Source(
                 model=Path(native_model.path).stem,
                 load_time_ms=native_model.load_time_ms,
                 gpu_utilized=native_model.gpu_layers > 0,
-                memory_used_mb=lambda: _core.process_rss_mb() or 0.0,
+                memory_used_mb=lambda: rss_mb() or 0.0,
             )
 
     def _close(self, timeout: float = 5.0) -> UnloadReport:
@@ -198,6 +202,10 @@ class _Base:
             raise ModelNotLoadedError(message, hint="load it with `vocab_only=False`")
         self._courier.check()
         return self._courier
+
+    @property
+    def _is_isolated(self) -> bool:
+        return self._config.isolation == "process"
 
     @property
     def _tokenizer(self) -> PyModel | Context:
@@ -324,15 +332,20 @@ class Model(_Base):
         /,
         *,
         on_progress: OnProgress | None = None,
+        probe: bool | None = None,
         **fields: Unpack[ModelFields],
     ) -> Self:
         """Open a model file, or the bundled tiny chat model.
 
         `fields` are those of ModelConfig and change the config, if one is given. `on_progress`
         gets 0.0 to 1.0, in a thread of its own; returning False or raising ends the load.
+
+        `probe=True` first loads and uses the file in a process that is thrown away, and lifts its
+        quarantine if that goes well. None does so for a file of yours that was never seen before,
+        if it is loaded with `isolation="process"`.
         """
         config = _config_of(model, fields)
-        return cls(*open_model(config, on_progress), config)
+        return cls(*open_model(config, on_progress, probe), config)
 
     @overload
     def generate(
@@ -554,11 +567,12 @@ class AsyncModel(_Base):
         /,
         *,
         on_progress: OnProgress | None = None,
+        probe: bool | None = None,
         **fields: Unpack[ModelFields],
     ) -> Self:
         """As `Model.load`. Cancelling it ends the load and gives the memory back."""
         config = _config_of(model, fields)
-        return cls(*await open_model_async(config, on_progress), config)
+        return cls(*await open_model_async(config, on_progress, probe), config)
 
     @overload
     async def generate(
@@ -707,13 +721,13 @@ class AsyncModel(_Base):
 
     async def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         tokenize, text = self._tokenizer.tokenize, sound_text(text)
-        if len(text) <= LONG_TEXT:
+        if len(text) <= LONG_TEXT and not self._is_isolated:
             return tokenize(text, add_bos, special)
         return await _in_executor(lambda: tokenize(text, add_bos, special))
 
     async def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
         detokenize, ids = self._tokenizer.detokenize, token_ids(tokens)
-        if len(ids) <= LONG_TEXT:
+        if len(ids) <= LONG_TEXT and not self._is_isolated:
             return detokenize(ids, special)
         return await _in_executor(lambda: detokenize(ids, special))
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="_Config")
 SplitMode = Literal["none", "layer", "row"]
+Isolation = Literal["none", "process"]
 FlashAttention = Literal["auto", "on", "off"]
 KvType = Literal["auto", "f16", "bf16", "f32", "q8_0"]
 Priority = Literal["high", "normal", "low"]
@@ -130,6 +131,10 @@ class ModelConfig(_Config):
     """Open the tokenizer only; nothing can be generated."""
     warmup: bool = True
     """Decode a token while loading, so that the first request need not wait for what it sets up."""
+    isolation: Isolation = "none"
+    """"process": in a process of its own, whose death is an error here and not the end."""
+    watchdog_s: float = 60.0
+    """Isolated: a worker without a sign of life for so many seconds is killed."""
 
     def validate(self) -> Self:
         _path(self, "model_path")
@@ -154,6 +159,8 @@ class ModelConfig(_Config):
         _choice(self, "kv_type", ("auto", "f16", "bf16", "f32", "q8_0"))
         _switch(self, "vocab_only")
         _switch(self, "warmup")
+        _choice(self, "isolation", ("none", "process"))
+        _number(self, "watchdog_s", 0.1, 86_400)
         return self
 
     @property
@@ -193,6 +200,9 @@ class ModelConfig(_Config):
 
     def with_mlock(self, use_mlock: bool = True) -> Self:
         return self.with_fields(use_mlock=use_mlock)
+
+    def with_isolation(self, isolation: Isolation = "process") -> Self:
+        return self.with_fields(isolation=isolation)
 
     def cpu_only(self) -> Self:
         return self.with_fields(gpu_layers=0)
@@ -421,6 +431,8 @@ class ModelFields(TypedDict, total=False):
     kv_type: KvType | None
     vocab_only: bool | None
     warmup: bool | None
+    isolation: Isolation | None
+    watchdog_s: float | None
 
 
 class GenerationFields(TypedDict, total=False):

@@ -203,6 +203,10 @@ class ScriptedContext:
             self._is_closed = True
             self._changed.notify_all()
 
+    def pulse(self) -> tuple[int, bool]:
+        with self._changed:
+            return self._counted["steps"], bool(self._waiting or self._running)
+
     def pause(self) -> None:
         """No further step until `resume`; what runs stays where it is, and can be aborted."""
         with self._changed:

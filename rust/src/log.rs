@@ -6,6 +6,7 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ffi::{CStr, c_char, c_void};
+use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -20,10 +21,16 @@ pub enum Level {
 /// Lines beyond this are dropped, oldest first: nobody may be reading.
 const MAX_LINES: usize = 4096;
 
+/// Of a line that is written for those who come after.
+pub const BREADCRUMB_BYTES: usize = 1024;
+
 struct Queue {
     lines: VecDeque<(Level, String)>,
     stopped: bool,
 }
+
+/// Where the last line is written at once, for those who look after this process has died.
+static BREADCRUMB: Mutex<Option<File>> = Mutex::new(None);
 
 static QUEUE: Mutex<Queue> = Mutex::new(Queue { lines: VecDeque::new(), stopped: false });
 static FILLED: Condvar = Condvar::new();
@@ -63,9 +70,34 @@ pub fn stop() {
 }
 
 /// A line of our own, in the same stream.
-pub(crate) fn note(level: Level, line: impl Into<String>) {
+pub fn note(level: Level, line: impl Into<String>) {
     push(level, line.into());
 }
+
+/// From now on the first bytes of this open file are the last line, filled up with zeros.
+#[cfg(unix)]
+pub fn keep_last_line(descriptor: i32) -> std::io::Result<()> {
+    use std::os::fd::BorrowedFd;
+    // SAFETY: it is only borrowed for the copy, which fails if it is not open.
+    let given = unsafe { BorrowedFd::borrow_raw(descriptor) };
+    let copy = given.try_clone_to_owned()?;
+    *BREADCRUMB.lock().unwrap_or_else(PoisonError::into_inner) = Some(File::from(copy));
+    Ok(())
+}
+
+#[cfg(unix)]
+fn write_last(line: &str) {
+    use std::os::unix::fs::FileExt;
+    if let Some(file) = &*BREADCRUMB.lock().unwrap_or_else(PoisonError::into_inner) {
+        let mut record = [0; BREADCRUMB_BYTES];
+        let length = line.len().min(BREADCRUMB_BYTES);
+        record[..length].copy_from_slice(&line.as_bytes()[..length]);
+        let _ = file.write_all_at(&record, 0);
+    }
+}
+
+#[cfg(not(unix))]
+fn write_last(_: &str) {}
 
 /// Runs `work` and gives back what llama.cpp complained about meanwhile, on this thread.
 pub(crate) fn listen<T>(work: impl FnOnce() -> T) -> (T, Vec<String>) {
@@ -132,6 +164,7 @@ fn push(level: Level, line: String) {
     if line.trim_matches(['.', ' ']).is_empty() {
         return; // progress dots
     }
+    write_last(&line);
     let is_held = HELD.with_borrow_mut(|held| match held {
         Some(held) => {
             held.push((level, line.clone()));

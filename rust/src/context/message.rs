@@ -30,6 +30,8 @@ pub enum Command {
     Close,
     /// For tests: the next step that computes something panics.
     Panic,
+    /// For tests: the next step that computes something never ends.
+    Hang,
 }
 
 /// What a slot holds: the tokens, and their keys and values as llama.cpp writes them down.

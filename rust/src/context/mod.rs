@@ -81,6 +81,7 @@ pub struct Capacity {
 pub struct Shared {
     pub outbox: Arc<Outbox>,
     interrupt: Interrupt,
+    is_busy: AtomicBool,
     /// The requests of a step that takes long; empty during a short one.
     in_long_step: Mutex<Vec<u64>>,
     meter: Meter,
@@ -315,9 +316,19 @@ impl Context {
         answer.recv().map_err(gone)
     }
 
+    /// A number that grows as long as the owner thread gets on, and whether there is work for it.
+    pub fn pulse(&self) -> (u64, bool) {
+        (self.shared.interrupt.beats(), self.shared.is_busy.load(Ordering::Relaxed))
+    }
+
     /// For tests: the next step panics.
     pub fn inject_panic(&self) {
         let _ = lock(&self.commands).send(Command::Panic);
+    }
+
+    /// For tests: the next step never ends.
+    pub fn inject_hang(&self) {
+        let _ = lock(&self.commands).send(Command::Hang);
     }
 
     fn submit_to(
@@ -477,10 +488,16 @@ impl Shared {
         Shared {
             outbox: Arc::default(),
             interrupt,
+            is_busy: AtomicBool::new(false),
             in_long_step: Mutex::default(),
             meter: Meter::default(),
             slots: Mutex::default(),
         }
+    }
+
+    fn is_busy(&self, is_busy: bool) {
+        self.is_busy.store(is_busy, Ordering::Relaxed);
+        self.interrupt.beat();
     }
 
     fn begin_step(&self, ids: &[u64]) {

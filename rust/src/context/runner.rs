@@ -1,7 +1,7 @@
 //! What the scheduler needs of an engine, and the real one: llama.cpp through the shim.
 
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -89,6 +89,8 @@ pub struct Interrupt(Arc<InterruptState>);
 #[derive(Default)]
 struct InterruptState {
     is_set: AtomicBool,
+    /// Grows whenever llama.cpp asks, between two nodes of its graph, and with each turn of the loop.
+    beats: AtomicU64,
     /// Touched by the owner thread only, which is also the one that llama.cpp asks on.
     deadline: Mutex<Option<Instant>>,
 }
@@ -106,13 +108,27 @@ impl Interrupt {
         self.0.is_set.load(Ordering::Relaxed)
     }
 
+    /// The owner thread is alive.
+    pub fn beat(&self) {
+        self.0.beat();
+    }
+
+    pub fn beats(&self) -> u64 {
+        self.0.beats.load(Ordering::Relaxed)
+    }
+
     fn set_deadline(&self, deadline: Option<Instant>) {
         *self.0.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
     }
 }
 
 impl InterruptState {
+    fn beat(&self) {
+        self.beats.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn wants_an_end(&self) -> bool {
+        self.beat();
         let deadline = *self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
         self.is_set.load(Ordering::Relaxed)
             || deadline.is_some_and(|deadline| Instant::now() >= deadline)

@@ -45,6 +45,7 @@ pub struct Scheduler<R: Runner> {
     /// Batches in a row that were refused.
     refusals: u32,
     panics: bool,
+    hangs: bool,
 }
 
 impl<R: Runner> Scheduler<R> {
@@ -72,6 +73,7 @@ impl<R: Runner> Scheduler<R> {
             num_steps: 0,
             refusals: 0,
             panics: false,
+            hangs: false,
         }
     }
 
@@ -96,7 +98,9 @@ impl<R: Runner> Scheduler<R> {
     /// Takes what has been asked; sleeps only when there is nothing to do. False means: close.
     fn hear(&mut self) -> bool {
         let is_idle = self.running.is_empty() && self.waiting.is_empty();
+        self.shared.is_busy(!is_idle);
         let mut first = if is_idle { self.commands.recv().ok() } else { None };
+        self.shared.is_busy(true);
         if is_idle && first.is_none() {
             return false;
         }
@@ -115,6 +119,7 @@ impl<R: Runner> Scheduler<R> {
                     let _ = reply.send(self.cache.insert(tokens, state, None));
                 }
                 Ok(Command::Panic) => self.panics = true,
+                Ok(Command::Hang) => self.hangs = true,
                 Ok(Command::Close) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
             }
@@ -131,6 +136,11 @@ impl<R: Runner> Scheduler<R> {
         }
         self.tell(); // who was cancelled does not wait for a step of others
         assert!(!std::mem::take(&mut self.panics), "asked to panic");
+        if self.hangs {
+            loop {
+                std::thread::park();
+            }
+        }
         self.shared.begin_step(&self.running_ids_of_a_long_step());
         let outcome = self.runner.run(&self.batch);
         self.shared.end_step();

@@ -198,9 +198,19 @@ impl PyContext {
         guarded(py, || self.context.import_state(bytes, &ids))
     }
 
+    /// Grows as long as the engine gets on; and whether it has anything to do.
+    fn pulse(&self) -> (u64, bool) {
+        self.context.pulse()
+    }
+
     /// For tests: the next step panics.
     fn _inject_panic(&self) {
         self.context.inject_panic();
+    }
+
+    /// For tests: the next step never ends.
+    fn _inject_hang(&self) {
+        self.context.inject_hang();
     }
 }
 

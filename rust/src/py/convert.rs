@@ -426,6 +426,11 @@ pub(super) fn level(level: Level) -> &'static str {
     }
 }
 
+pub(super) fn level_named(name: &str) -> Level {
+    let known = [Level::Debug, Level::Info, Level::Warning, Level::Error];
+    known.into_iter().find(|each| level(*each) == name).unwrap_or(Level::Info)
+}
+
 pub(super) fn mib(bytes: u64) -> f64 {
     bytes as f64 / 1_048_576.0
 }

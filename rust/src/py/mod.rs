@@ -30,7 +30,8 @@ mod _core {
     #[pymodule_export]
     use super::{
         cpu_modules, detect_cpu, get_cpu_variant, get_optimal_binary, inject, inspect_gguf,
-        measure_attention, probe_cpu_module, process_rss_mb, start, stop_log, take_log,
+        keep_last_line, measure_attention, probe_cpu_module, process_rss_mb, put_log, start,
+        stop_log, take_log,
     };
 
     #[pymodule_init]
@@ -90,6 +91,18 @@ fn measure_attention<'py>(
 fn take_log(py: Python<'_>) -> PyResult<Vec<(&'static str, String)>> {
     let lines = guarded(py, || Ok(log::take()))?;
     Ok(lines.into_iter().map(|(level, line)| (convert::level(level), line)).collect())
+}
+
+/// A line of another process, into the same stream.
+#[pyfunction]
+fn put_log(level: &str, line: String) {
+    log::note(convert::level_named(level), line);
+}
+
+#[cfg(unix)]
+#[pyfunction]
+fn keep_last_line(descriptor: i32) -> PyResult<()> {
+    Ok(log::keep_last_line(descriptor)?)
 }
 
 #[pyfunction]

@@ -1,0 +1,381 @@
+"""A worker process as its parent sees it: it is started, asked and heard, and it ends.
+
+One thread hears; which one changes: first the one that loads, then the courier's. It also keeps
+the watch. A worker in which something is under way says every second how far its engine's thread
+has got; one that is silent, or whose engine stands still, for `watchdog_s` is killed. Seconds are
+counted in what was heard, not read from a clock: a laptop that slept is no hung worker.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
+from itertools import count
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from . import _core
+from ._frames import PROTOCOL, Answer, Message, RemoteEvent, Wire, error_of, event_of, pack, unpack
+from ._spawn import command, last_line, new_notes, spawned
+from .errors import LoadCancelledError, ProtocolError, WorkerCrashedError
+
+if TYPE_CHECKING:
+    from .params import ModelConfig
+
+
+# Until its first word: Python has to start, perhaps on a busy machine.
+START_S = 30.0
+
+
+class Child:
+    """One worker process, from its start to its end."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._name = Path(config.path).name
+        self._config = config
+        self._beat_s = min(1.0, config.watchdog_s / 4)
+        self._silent_s = self._stuck_s = 0.0
+        self._has_begun = False
+        self._pulse: Any = None
+        self._last_rss_mb: float | None = None
+        self._answers: dict[int, Answer] = {}
+        self._progress: Callable[[float], Any] = lambda fraction: None
+        self._interrupted: BaseException | None = None
+        self._numbers = count(1)
+        self._lock = threading.Lock()
+        self._end: Exception | None = None
+        self._under_way: Collection[int] = ()
+        self.released: deque[int] = deque()
+        """Objects there that nobody holds here any more; told with the next message."""
+        program = command()
+        self._notes = new_notes()
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(True)  # whatever the program's default is
+        self._wire = Wire(ours)
+        arguments = [str(theirs.fileno()), str(os.getpid()), str(self._beat_s)]
+        try:
+            self._process = spawned([*program, *arguments], theirs.fileno(), self._notes)
+        except BaseException:
+            self._wire.close()
+            os.close(self._notes)
+            raise
+        finally:
+            theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_silent(self) -> bool:
+        """It was asked and did not answer at once."""
+        return self._silent_s > 0
+
+    @property
+    def is_over(self) -> bool:
+        return self._end is not None
+
+    def rss_mb(self) -> float | None:
+        try:
+            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+            return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        except (OSError, LookupError, ValueError):  # not Linux, or it has ended
+            return None if self._end else self._last_rss_mb
+
+    def load(
+        self, tell: Callable[[float], Any], is_wanted: Callable[[], bool]
+    ) -> dict[str, Message | None]:
+        """Let it open the model; what there is to know of the model and its context."""
+
+        def progress(fraction: float) -> None:
+            if tell(fraction) is False:
+                raise LoadCancelledError(f"loading `{self._config.path}` was cancelled")
+
+        self._progress = progress
+        config = pack(self._config.to_dict(), [])
+        described = self.settle({"action": "load", "config": config}, is_wanted)
+        if type(described) is not dict or not {"model", "context"} <= described.keys():
+            raise ProtocolError(f"no description of a model: {described!r:.60}")
+        return described
+
+    def settle(
+        self,
+        question: Mapping[str, Any],
+        is_wanted: Callable[[], bool] = lambda: True,
+        under_way: Sequence[int] = (),
+    ) -> Any:
+        """Ask, and be the one who hears until it is answered and what is under way has ended."""
+        answers: list[tuple[Any, Exception | None]] = []
+        self.ask(question, lambda value, error: answers.append((value, error)))
+        running = set(under_way)
+        while not answers or (running and answers[0][1] is None):
+            if not is_wanted():
+                raise LoadCancelledError(f"loading `{self._config.path}` was cancelled")
+            events = self.hear(0.1, under_way)
+            running -= {event.request_id for event in events if event.is_last}
+            if self._interrupted is not None:
+                raise self._interrupted
+        value, error = answers[0]
+        if error is not None:
+            raise error
+        return value
+
+    def ask(self, question: Mapping[str, Any], answer: Answer, data: Sequence[bytes] = ()) -> None:
+        """Send a question. `answer` hears once, in the thread that hears."""
+        number = next(self._numbers)
+        with self._lock:
+            if self._end is not None:
+                raise copy(self._end)
+            self._answers[number] = answer
+        try:
+            self.tell({"id": number, **question}, data)
+        except BaseException:
+            with self._lock:
+                self._answers.pop(number, None)
+            raise
+
+    def call(
+        self,
+        on: int | str,
+        method: str,
+        arguments: Sequence[Any] = (),
+        keywords: Mapping[str, Any] | None = None,
+        within: float | None = None,
+    ) -> Any:
+        """Ask and wait, while another thread hears. `queue.Empty` if that takes too long."""
+        question, data = calling(on, method, arguments, keywords or {})
+        replies: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+        self.ask(question, lambda value, error: replies.put((value, error)), data)
+        value, error = replies.get(timeout=within)
+        if error is not None:
+            raise error
+        return value
+
+    def tell(self, message: Mapping[str, Any], data: Sequence[bytes] = ()) -> None:
+        """Send what needs no answer. If it is gone, whoever hears will know."""
+        if self.released:
+            message = {**message, "released": self._take_released()}
+        try:
+            self._wire.send(message, data)
+        except OSError:
+            return
+
+    def hear(self, within: float, under_way: Collection[int]) -> list[RemoteEvent]:
+        """Take one message and do what it says; events are given back.
+
+        With requests under way or questions open, silence means that it hangs. When it has died,
+        that is raised here, and everybody who waits for an answer gets it as well.
+        """
+        self._under_way = under_way
+        try:
+            message = self._wire.receive(within)
+            if message is None:
+                self._note_silence(within if under_way or self._answers else 0.0)
+                return []
+            self._silent_s, self._has_begun = 0.0, True
+            return self._take(message)
+        except WorkerCrashedError:
+            raise
+        except Exception as error:
+            why = "" if isinstance(error, EOFError) else f" after it sent nonsense ({error!r:.200})"
+            raise self.end(self._crash(why)) from None
+
+    def kill(self) -> None:
+        """End it; nothing in it needs to be put in order."""
+        self._process.kill()
+        self._wire.hang_up()
+
+    def end(self, error: Exception) -> Exception:
+        """It is over: clean up, and tell everybody who waits for an answer."""
+        with self._lock:
+            if self._end is not None:
+                return self._end
+            self._end = error
+            answers, self._answers = self._answers, {}
+        self.kill()
+        self.wait()
+        self._wire.close()
+        os.close(self._notes)
+        for answer in answers.values():
+            answer(None, copy(error))
+        return error
+
+    def wait(self, timeout: float = 10.0) -> int | None:
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:  # the kernel is busy taking its memory back
+            return None
+
+    def disown(self) -> None:
+        """In a forked child: it belongs to the parent."""
+        self._wire.disown()
+        self._process.returncode = 0  # else it would be waited for
+
+    def _take_released(self) -> list[int]:
+        return [self.released.popleft() for _ in range(len(self.released))]
+
+    def _take(self, message: Message) -> list[RemoteEvent]:
+        if (told := message.get("events")) is not None:
+            return [event_of(each) for each in told]
+        if "progress" in message:
+            self._tell_progress(float(message["progress"]))
+        elif "id" in message:
+            self._take_answer(message)
+        elif "beat" in message:
+            self._note_beat(*message["beat"])
+        elif "log" in message:
+            for level, line in message["log"]:
+                _core.put_log(str(level), str(line))
+        elif "hello" in message:
+            _check(message["hello"])
+        else:
+            raise ProtocolError(f"an unknown message: {message!r:.60}")
+        return []
+
+    def _tell_progress(self, fraction: float) -> None:
+        try:
+            self._progress(fraction)
+        except BaseException as error:  # the user's; it ends the load
+            self._interrupted = error
+
+    def _take_answer(self, message: Message) -> None:
+        with self._lock:
+            answer = self._answers.pop(message["id"], None)
+        if answer is None:
+            return  # Ctrl-C struck who had asked
+        if "error" in message:
+            answer(None, error_of(message["error"]))
+        else:
+            answer(unpack(message["value"], message.get("data", ()), self._object), None)
+
+    def _object(self, described: Message) -> RemoteObject:
+        kind = RemoteParser if described["kind"] == "ChatParser" else RemoteObject
+        return kind(self, described)
+
+    def _note_silence(self, seconds: float) -> None:
+        self._silent_s = self._silent_s + seconds if seconds else 0.0
+        if self._silent_s >= max(self._config.watchdog_s, 0.0 if self._has_begun else START_S):
+            raise self.end(self._crash(f" after {self._silent_s:.0f} s without a sign of life"))
+
+    def _note_beat(self, pulse: Any, is_busy: Any, rss_mb: Any) -> None:
+        self._last_rss_mb = rss_mb
+        stands_still = is_busy and pulse == self._pulse
+        self._stuck_s = self._stuck_s + self._beat_s if stands_still else 0.0
+        self._pulse = pulse
+        if self._stuck_s >= self._config.watchdog_s:
+            why = f" after its engine had stood still for {self._stuck_s:.0f} s"
+            raise self.end(self._crash(why))
+
+    def _crash(self, why: str) -> WorkerCrashedError:
+        """What it died of, as far as it can be known; it is killed if it has not ended."""
+        code = self._process.poll() if why else self.wait(1.0)
+        if code is None:
+            self._process.kill()
+            code = self.wait()
+            how = f"was killed{why or ' after it had hung up'}"
+        elif code < 0:
+            how = f"was killed by {_signal_name(code)}{why}"
+        else:
+            how = f"ended with exit code {code}{why}"
+        signal_name = _signal_name(code) if code is not None and code < 0 else None
+        last_words = last_line(self._notes)
+        said = f"; its last words: {last_words}" if last_words else ""
+        num = len(self._under_way)
+        lost = f" with {num} request{'s' * (num > 1)} under way" if num else ""
+        return WorkerCrashedError(
+            f"the worker process {self.pid} of `{self._name}` {how}{lost}{said}",
+            signal=signal_name,
+            exit_code=code if code is not None and code >= 0 else None,
+            last_line=last_words,
+            request_ids=tuple(self._under_way),
+        )
+
+
+class RemoteObject:
+    """Something that lives in a worker: its plain facts are here, its methods are called there."""
+
+    def __init__(self, child: Child, described: Message) -> None:
+        self._child = child
+        self._number: int = described["number"]
+        self._facts: dict[str, Any] = unpack(described["facts"], [])
+        self._methods: list[str] = described["methods"]
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_"):
+            if name in self._facts:
+                return self._facts[name]
+            if name in self._methods:
+                return lambda *given, **named: self._ask(name, *given, **named)
+        raise AttributeError(f"there is no `{name}` in the worker")
+
+    def _ask(self, method: str, *given: Any, **named: Any) -> Any:
+        return self._child.call(self._number, method, given, named)
+
+    def __del__(self) -> None:
+        self._child.released.append(self._number)
+
+
+class RemoteParser(RemoteObject):
+    """Reads an answer piece by piece. It is asked for a fiftieth of the time at most, as it parses
+    in this process: what comes meanwhile is held back."""
+
+    def __init__(self, child: Child, described: Message) -> None:
+        super().__init__(child, described)
+        self._text = ""
+        self._rests_until = 0.0
+
+    def feed(self, text: str) -> list[Any]:
+        self._text += text
+        if (begun := time.monotonic()) < self._rests_until:
+            return []
+        found: list[Any] = self._ask("feed", self._text)
+        self._text = ""
+        now = time.monotonic()
+        self._rests_until = now + 50 * (now - begun)
+        return found
+
+    def finish(self, is_complete: bool = True) -> tuple[list[Any], Any]:
+        found: list[Any] = self._ask("feed", self._text) if self._text else []
+        self._text = ""
+        rest, message = self._ask("finish", is_complete)
+        return found + rest, message
+
+
+def calling(
+    on: int | str, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any]
+) -> tuple[Message, list[bytes]]:
+    data: list[bytes] = []
+    packed = [pack(each, data) for each in arguments]
+    named = {name: pack(each, data) for name, each in keywords.items()}
+    question = {
+        "action": "call",
+        "on": on,
+        "method": method,
+        "arguments": packed,
+        "keywords": named,
+    }
+    return question, data
+
+
+def _signal_name(code: int) -> str:
+    import signal
+
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _check(hello: Any) -> None:
+    ours = {"protocol": PROTOCOL, "version": _core.__version__}
+    theirs = {name: hello[name] for name in ours}
+    if theirs != ours:
+        raise ProtocolError(f"this side speaks {ours}, the other one {theirs}")

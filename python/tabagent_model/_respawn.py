@@ -1,0 +1,440 @@
+"""Keeps a worker alive for one model, over the deaths of several.
+
+When one dies, everybody who was under way gets one `WorkerCrashedError`, another is started by a
+thread of its own, and what is asked meanwhile is held until it has loaded.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
+
+from . import _spawn
+from ._child import Child
+from ._frames import Message, RemoteEvent, pack
+from .errors import (
+    ForkedProcessError,
+    GenerationTimeoutError,
+    InvalidRequestError,
+    LoadCancelledError,
+    ModelNotLoadedError,
+    QueueFullError,
+    QueueTimeoutError,
+    TabAgentModelError,
+    WorkerCrashedError,
+)
+
+if TYPE_CHECKING:
+    from ._verdicts import Verdict
+    from .params import ModelConfig
+
+log = logging.getLogger("tabagent_model")
+
+TICK_S = 1.0
+# How long an event loop may wait until a request is accepted. What is wrong with it is then told as
+# its end, instead of being raised at once.
+LATE_S = 0.25
+# Before the second start within a minute; the first is at once, and the third crash is the last.
+BACKOFF_S = 1.0
+
+
+class Keeper:
+    """Keeps a worker for one model: hears it, answers for it when it dies, starts the next.
+
+    up ──dies──▶ starting ──loaded──▶ up
+                    └──fails──▶ down: that is told, and the next request tries again
+    the third death within a minute ──▶ quarantine: no other is started
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        verdict: Verdict,
+        child: Child,
+        described: dict[str, Message | None],
+    ) -> None:
+        self.config = config
+        self.num_restarts = 0
+        self.last_child = child
+        self._verdict = verdict
+        self._described = described
+        self._child: Child | None = child
+        self._requests: dict[int, _Request] = {}
+        self._news: list[RemoteEvent] = []
+        self._is_starting = self._is_closed = False
+        self._refusal: TabAgentModelError | None = None
+        self._failed_at = 0.0
+        self._is_quarantined = False
+        self._changed = threading.Condition()
+        self.rss_at_close_mb: float | None = None
+        self._process = os.getpid()
+        _keepers.add(self)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def described(self, what: Literal["model", "context"]) -> Message:
+        return self._described[what] or {"facts": {}, "methods": []}
+
+    def num_held(self) -> int:
+        return sum(request.is_held for request in list(self._requests.values()))
+
+    def submit(self, request_id: int, prompt: Any, params: Mapping[str, Any]) -> None:
+        if params.get("logits_hook") is not None:
+            message = "`logits_hook` is a function, and cannot travel to the worker process"
+            raise InvalidRequestError(
+                message, hint="load the model with `isolation='none'`", name="logits_hook"
+            )
+        request = _Request(prompt, params)
+        with self._open():
+            child = self._living
+            if child is None:
+                self._hold(request_id, request)
+                return
+            self._requests[request_id] = request
+        try:
+            self._send(child, request_id, request)
+            self._settle(child, request_id, request)
+        except Exception as error:
+            self._requests.pop(request_id, None)
+            raise self._told(error) from None
+
+    def abort(self, request_id: int) -> None:
+        with self._open():
+            request = self._requests.get(request_id)
+            if request is None:
+                return
+            request.is_aborted = True
+            if request.is_held:
+                cancelled = RemoteEvent(request_id, is_last=True, finish_reason="cancelled")
+                self._end(request_id, cancelled)
+                return
+            child = self._child
+        if child is not None:
+            child.tell({"action": "abort", "request": request_id})
+
+    def call(
+        self,
+        on: str,
+        method: str,
+        arguments: Sequence[Any] = (),
+        keywords: Mapping[str, Any] | None = None,
+        within: float | None = None,
+    ) -> Any:
+        """Of the worker; if there is none, of the next, unless the answer must come soon."""
+        with self._open():
+            while (child := self._living) is None:
+                if within is not None:
+                    raise Empty
+                if not self._child:
+                    self._start_another()
+                self._changed.wait()
+                self._check()
+        try:
+            return child.call(on, method, arguments, keywords, within)
+        except WorkerCrashedError as error:
+            raise self._told(error) from None
+
+    def next_events(self) -> list[RemoteEvent]:
+        """Sleep until something has happened. An empty list means that it is closed."""
+        while True:
+            with self._changed:
+                events, self._news = self._news, []
+                child = self._child
+                if not events and child is None:
+                    if self._is_closed:
+                        return []
+                    self._changed.wait(TICK_S / 10 if self._requests else None)
+                    self._end_overdue()
+            if not events and child is not None:
+                try:
+                    events = child.hear(min(TICK_S, self.config.watchdog_s / 4), self._requests)
+                except WorkerCrashedError as crash:
+                    events = self._bury(crash)
+            if events:
+                for event in events:
+                    if event.is_last:
+                        self._requests.pop(event.request_id, None)
+                return events
+
+    def hear(self) -> None:
+        """For a model without a context, which has no courier."""
+        while self.next_events():
+            pass
+
+    def close(self) -> None:
+        """Everything ends, and the memory is free when the worker is gone. Again: nothing."""
+        if os.getpid() != self._process:
+            return
+        with self._changed:
+            if not self._is_closed:
+                self.rss_at_close_mb = self.last_child.rss_mb()
+            self._is_closed = True
+            child = self._child
+            self._changed.notify_all()
+        if child is not None:
+            child.kill()
+
+    def disown(self) -> None:
+        """In a forked child: the worker belongs to the parent."""
+        self._changed = threading.Condition()
+        if (child := self._child) is not None:
+            child.disown()
+
+    @property
+    def _living(self) -> Child | None:
+        """A worker that is not just about to be buried."""
+        return None if self._child is None or self._child.is_over else self._child
+
+    def _open(self) -> threading.Condition:
+        """The lock, if anything may be asked at all."""
+        if os.getpid() != self._process:
+            raise ForkedProcessError(
+                "the model belongs to the parent of this forked process",
+                hint="load the model in the child, or start the child with the `spawn` method",
+            )
+        self._check()
+        return self._changed
+
+    def _check(self) -> None:
+        if self._is_closed:
+            raise ModelNotLoadedError("the model was unloaded", hint="load it again")
+        if self._refusal is not None and (self._is_quarantined or not self._may_start):
+            raise copy(self._refusal)
+
+    def _told(self, error: Exception) -> Exception:
+        """Who asked while the model was unloaded hears that, not that the worker was killed."""
+        if self._is_closed and isinstance(error, WorkerCrashedError):
+            return ModelNotLoadedError("the model was unloaded", hint="load it again")
+        return error
+
+    @property
+    def _may_start(self) -> bool:
+        """After a start that failed, not at once again."""
+        return self._is_starting or time.monotonic() - self._failed_at > TICK_S
+
+    def _send(self, child: Child, request_id: int, request: _Request) -> None:
+        data: list[bytes] = []
+        question = {
+            "action": "submit",
+            "request": request_id,
+            "prompt": request.prompt,
+            "params": pack(request.left() if request.is_in else request.params, data),
+        }
+        child.ask(question, lambda _, error: self._answered(request_id, request, error), data)
+
+    def _answered(self, request_id: int, request: _Request, error: Exception | None) -> None:
+        with self._changed:
+            if not request.is_in:
+                request.is_in = error is None
+                request.reply.put(error)
+            elif error is not None:
+                self._end(request_id, _failed(request_id, error))
+
+    def _settle(self, child: Child, request_id: int, request: _Request) -> None:
+        """Wait until it is accepted; an event loop does not wait for long."""
+        patience: float | None = None
+        if _runs_an_event_loop():
+            patience = 0.0 if child.is_silent else LATE_S
+        try:
+            error = request.reply.get(timeout=patience)
+        except Empty:
+            with self._changed:
+                request.is_in = True
+                error = None if request.reply.empty() else request.reply.get()
+        if error is not None:
+            raise error
+
+    def _hold(self, request_id: int, request: _Request) -> None:
+        if self.num_held() >= self.config.queue_size:
+            raise QueueFullError(f"{self.num_held()} requests are waiting for a worker already")
+        request.is_held = request.is_in = True
+        self._requests[request_id] = request
+        if self._child is None:
+            self._start_another()
+        self._changed.notify_all()
+
+    def _end(self, request_id: int, event: RemoteEvent) -> None:
+        """Of a request that no worker knows."""
+        if self._requests.pop(request_id, None) is not None:
+            self._news.append(event)
+            self._changed.notify_all()
+
+    def _end_overdue(self) -> None:
+        for request_id, request in list(self._requests.items()):
+            if request.is_held and (error := request.overdue()):
+                self._end(request_id, _failed(request_id, error))
+
+    def _bury(self, crash: WorkerCrashedError) -> list[RemoteEvent]:
+        """The worker is dead. Its requests end; whoever still submits hears by the answer."""
+        with self._changed:
+            self._child = None
+            self._changed.notify_all()
+            if self._is_closed:
+                return []  # the courier says goodbye
+            gone = {i: r for i, r in self._requests.items() if not r.is_held}
+            for request_id in gone:
+                del self._requests[request_id]
+            self._go_on_after(crash)
+        return [_failed(request_id, copy(crash)) for request_id, r in gone.items() if r.is_in]
+
+    def _go_on_after(self, crash: WorkerCrashedError) -> None:
+        """Start another worker, unless it was once too often."""
+        refusal = self._verdict.note_crash(crash)
+        if refusal is None:
+            log.warning("%s; starting another", crash.message)
+            self._start_another()
+            return
+        log.error("%s", refusal.message)
+        self._give_up(refusal)
+        self._is_quarantined = True
+
+    def _start_another(self) -> None:
+        if not self._is_starting:
+            self._is_starting = True
+            threading.Thread(target=self._restart, name="tabagent-restart", daemon=True).start()
+
+    def _restart(self) -> None:
+        pause = BACKOFF_S * max(self._verdict.num_crashes - 1, 0)
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed, pause)
+        try:
+            if self._is_closed:
+                raise LoadCancelledError("the model was unloaded")
+            child, described = start(
+                self.config, lambda fraction: None, lambda: not self._is_closed
+            )
+        except Exception as error:
+            self._note_failed_start(error)
+            return
+        with self._changed:
+            self._is_starting, self._refusal = False, None
+            self._child = self.last_child = child
+            self._described = described
+            self.num_restarts += 1
+            held = [(i, r) for i, r in self._requests.items() if r.is_held]
+            for _, request in held:
+                request.is_held = False
+            self._changed.notify_all()
+        if self._is_closed:
+            child.kill()
+        for request_id, request in held:
+            with suppress(TabAgentModelError):  # it died; who hears it tells everybody
+                self._send(child, request_id, request)
+                if request.is_aborted:
+                    child.tell({"action": "abort", "request": request_id})
+
+    def _note_failed_start(self, error: Exception) -> None:
+        if not isinstance(error, TabAgentModelError):
+            error = ModelNotLoadedError(f"no worker could be started: {error!r}")
+        with self._changed:
+            self._is_starting = False
+            if isinstance(error, WorkerCrashedError) and not self._is_closed:
+                self._go_on_after(error)
+            else:
+                self._give_up(error)
+
+    def _give_up(self, refusal: TabAgentModelError) -> None:
+        """Whoever waits for a worker waits no longer."""
+        self._refusal, self._failed_at = refusal, time.monotonic()
+        for request_id, request in list(self._requests.items()):
+            if request.is_held:
+                self._end(request_id, _failed(request_id, copy(refusal)))
+        self._changed.notify_all()
+
+
+def start(
+    config: ModelConfig,
+    tell: Callable[[float], Any],
+    is_wanted: Callable[[], bool],
+) -> tuple[Child, dict[str, Message | None]]:
+    """A worker that has loaded the model, and what there is to know of it."""
+    child = Child(config)
+    try:
+        return child, child.load(tell, is_wanted)
+    except BaseException:
+        child.end(ModelNotLoadedError("the load failed"))
+        raise
+
+
+@dataclass
+class _Request:
+    """What is known of a request until its last event."""
+
+    prompt: str | Sequence[int]
+    params: Mapping[str, Any]
+    submitted: float = field(default_factory=time.monotonic)
+    reply: SimpleQueue[Exception | None] = field(default_factory=SimpleQueue)
+    is_held: bool = False
+    """It waits for a worker."""
+    is_in: bool = False
+    """Its caller has gone on: whatever comes now is an event."""
+    is_aborted: bool = False
+
+    def overdue(self) -> TabAgentModelError | None:
+        """The worker watches the time of what it has; of what is held, we do."""
+        waited = time.monotonic() - self.submitted
+        for name, kind in (
+            ("timeout_s", GenerationTimeoutError),
+            ("max_queue_wait_s", QueueTimeoutError),
+        ):
+            limit = self.params.get(name)
+            if limit is not None and waited > limit:
+                return kind(f"no worker was ready within `{name}={limit}`")
+        deadline = self.params.get("deadline")
+        if deadline is not None and time.time() > deadline:
+            return GenerationTimeoutError(f"no worker was ready before `deadline={deadline}`")
+        return None
+
+    def left(self) -> dict[str, Any]:
+        """The params, with what is left of the time."""
+        waited = time.monotonic() - self.submitted
+        params = dict(self.params)
+        for name in ("timeout_s", "max_queue_wait_s"):
+            if params.get(name) is not None:
+                params[name] = max(params[name] - waited, 0.001)
+        return params
+
+
+_keepers: WeakSet[Keeper] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Those that have a context are closed by their couriers."""
+    for keeper in list(_keepers):
+        if not keeper.described("context")["methods"]:
+            keeper.close()
+
+
+def _disown_all() -> None:
+    """In a forked child: what was loaded belongs to the parent."""
+    _spawn.disown()
+    for keeper in list(_keepers):
+        keeper.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
+
+
+def _failed(request_id: int, error: Exception) -> RemoteEvent:
+    return RemoteEvent(request_id, is_last=True, finish_reason="error", error=error)
+
+
+def _runs_an_event_loop() -> bool:
+    """Whether others wait as long as this thread does."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is not None and asyncio._get_running_loop() is not None
