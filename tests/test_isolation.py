@@ -35,7 +35,7 @@ from tabagent_model import (
     TabAgentModelError,
     WorkerCrashedError,
     _child,
-    _keeper,
+    _respawn,
     _spawn,
     _verdicts,
     errors,
@@ -146,7 +146,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str],
     monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
     monkeypatch.setattr(_verdicts, "_crashes", {})
     monkeypatch.setattr(_verdicts, "_verdicts", {})
-    monkeypatch.setattr(_keeper, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(_respawn, "BACKOFF_S", 0.0)
 
     def loading(what: str) -> None:
         monkeypatch.setattr(_spawn, "_PROGRAM", WORKER.replace("LOADING", what))
@@ -436,7 +436,7 @@ def test_a_parser_is_not_asked_for_every_piece(model: Model):
 
 
 def test_only_public_methods_can_be_called(model: Model):
-    keeper = model._native._keeper  # type: ignore[union-attr]
+    keeper = model._native._respawn  # type: ignore[union-attr]
     for method in ("_secret", "__class__", "load", "unload", "close", "next_events"):
         with pytest.raises(InvalidRequestError, match="from outside"):
             keeper.call("model", method)
@@ -451,7 +451,7 @@ def test_a_logits_hook_cannot_travel(model: Model):
 
 
 def test_a_prompt_that_somebody_dropped_is_dropped_there(model: Model):
-    child = model._native._keeper._child  # type: ignore[union-attr]
+    child = model._native._respawn._child  # type: ignore[union-attr]
     for _ in range(3):
         model.apply_chat_template("hello")
     model.generate("Count")
@@ -671,7 +671,7 @@ def test_no_more_is_held_than_may_wait(model: Model, scripted: Callable[[str], N
 def test_a_worker_that_cannot_be_started_again_is_tried_when_it_is_wanted(
     model: Model, scripted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_keeper, "TICK_S", 0.01)
+    monkeypatch.setattr(_respawn, "TICK_S", 0.01)
     scripted("raise OutOfMemoryError('no', needed=3, free=2)")
     with pytest.raises(WorkerCrashedError):
         model.generate("SIGSEGV")

@@ -25,7 +25,7 @@ from tabagent_model import (
     TabAgentModelError,
     WorkerCrashedError,
     _child,
-    _keeper,
+    _respawn,
     _spawn,
     _verdicts,
 )
@@ -79,7 +79,7 @@ def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test kills more workers than a user would stand."""
     monkeypatch.setattr(_verdicts, "CRASHES", 1000)
     monkeypatch.setattr(_verdicts, "_crashes", {})
-    monkeypatch.setattr(_keeper, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(_respawn, "BACKOFF_S", 0.0)
 
 
 def pid_of(model: Model | AsyncModel) -> int:
