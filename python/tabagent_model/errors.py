@@ -25,6 +25,8 @@ TabAgentModelError (RuntimeError)
 ├── ModelBusyError                  a logits hook asked the model that waits for it
 ├── ModelNotLoadedError
 ├── ForkedProcessError
+├── NotSupportedError (NotImplementedError)   what is asked for does not exist here yet
+├── MissingPackageError (ImportError)   an optional package is not installed
 ├── HardwareError                   the processor cannot be identified
 ├── BinaryNotFoundError (FileNotFoundError)
 └── InternalError
@@ -171,6 +173,14 @@ class ModelNotLoadedError(TabAgentModelError):
 
 class ForkedProcessError(TabAgentModelError):
     """The model belongs to the parent of this forked process."""
+
+
+class NotSupportedError(TabAgentModelError, NotImplementedError):
+    """What is asked for makes sense, but this package does not do it yet."""
+
+
+class MissingPackageError(TabAgentModelError, ImportError):
+    """An optional package is not installed; the hint installs it."""
 
 
 class HardwareError(TabAgentModelError):
