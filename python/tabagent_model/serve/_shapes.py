@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
 from .. import _core
-from ..results import ChatCompletion, ChatDelta, Completion, InferenceMetrics, TokenLogprob
+from ..results import ChatCompletion, ChatDelta, Completion
+
+if TYPE_CHECKING:
+    from ..results import InferenceMetrics, TokenLogprob
 
 D = TypeVar("D")
 R = TypeVar("R", bound=Completion)

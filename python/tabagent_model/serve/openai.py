@@ -245,13 +245,9 @@ def _extra_headers(error: Exception, status: int) -> dict[str, str]:
 
 
 def _described(service: Service, name: str) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "local",
-        "context_window": service.model(name).n_ctx,
-    }
+    n_ctx = service.model(name).info().get("n_ctx")
+    described = {"id": name, "object": "model", "created": service.created, "owned_by": "local"}
+    return described if n_ctx is None else {**described, "context_window": n_ctx}
 
 
 def _event(chunk: dict[str, Any]) -> bytes:

@@ -16,14 +16,15 @@ from .._prompt import Messages, Prompt
 from ..errors import InvalidRequestError, ModelNotFoundError
 from ..model import AsyncModel, Model
 from ..params import GenerationConfig, checked_whole
-from ..results import ChatCompletion, ChatDelta, Completion
-from ..stream import AsyncTextStream
+from ..results import Completion
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from ..chat import AsyncChatStream
     from ..params import ChatFields
+    from ..results import ChatCompletion, ChatDelta
+    from ..stream import AsyncTextStream
 
 D = TypeVar("D")
 R = TypeVar("R", bound=Completion)
