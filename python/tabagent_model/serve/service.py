@@ -133,9 +133,7 @@ class Answers(Generic[D, R]):
     async def collect(self) -> list[R]:
         """Read all of them to their ends."""
         async with self:
-            async for _ in self:
-                pass
-        return cast("list[R]", self.results)
+            return [cast("R", await stream.collect()) for stream in self._streams]
 
     def __aiter__(self) -> Self:
         return self
