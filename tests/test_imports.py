@@ -53,7 +53,7 @@ MAY_IMPORT = {
         *("_core", "_package", "_prompt", "errors", "model", "params"),
         *("serve._request", "serve._shapes"),
     },
-    "serve/service": {"_prompt", "chat", "errors", "model", "params", "results", "stream"},
+    "serve/service": {"_prompt", "errors", "model", "params", "results", "stream"},
     "serve/_request": {"_prompt", "errors", "params", "serve.service"},  # for type checkers only
     "serve/_shapes": {"_core", "results"},
     "serve/openai": {"errors", "results", "serve._request", "serve._shapes", "serve.service"},

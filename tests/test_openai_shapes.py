@@ -218,28 +218,6 @@ def test_each_way_to_ask_for_a_form_is_understood(wish: dict[str, Any], schema: 
         ({"model": 5}, "model must be a string, got 5"),
         ({"messages": "Why?"}, "messages must be a list of messages, got 'Why?'"),
         ({"messages": None}, "messages must be a list of messages, got None"),
-        ({"tools": {}}, "tools must be a list of at most 128 tools, got {}"),
-        ({"tools": [5]}, "tools[0] must be a JSON object, got 5"),
-        ({"tools": [{"type": "retrieval"}]}, "tools[0].type must be one of \"function\", got 'retrieval'"),
-        (
-            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
-            "tools[0].function.name must be 1 to 64 letters, digits, `_` and `-`, got 'a b'",
-        ),
-        (
-            {"tools": [{"type": "function", "function": {"name": "a", "parameters": []}}]},
-            "tools[0].function.parameters must be a JSON object, got []",
-        ),
-        (
-            {"tool_choice": "required"},
-            "tool_choice cannot be granted: there are no `tools` to choose from",
-        ),
-        (
-            {
-                "tools": [WEATHER],
-                "tool_choice": {"type": "function", "function": {"name": "other"}},
-            },
-            "tool_choice.function.name must be one of the tools' ['get_weather'], got 'other'",
-        ),
         (
             {"response_format": {"type": "xml"}},
             'response_format.type must be one of "text", "json_object", "json_schema", got \'xml\'',
@@ -575,6 +553,38 @@ async def test_a_chat_is_answered_at_once_or_as_it_comes(model: Model):
     assert chunks[-1]["usage"]["completion_tokens"] == 3
 
 
+async def test_tool_calls_and_reasoning_are_told_in_openais_shape():
+    said = ["Let me see.<think>Rome?</think>", "<tool_call>"]
+    said += ['{"name": "get_weather", "arguments": {"city": "Rome"}}</tool_call>']
+    service = Service({"tiny": AsyncModel(ScriptedContext(said))})
+    asked = {"messages": ASKED, "tools": [WEATHER]}
+    function = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+    call = {"id": "call_0", "type": "function", "function": function}
+    choice = content_of(await post(service, "/v1/chat/completions", asked))["choices"][0]
+    assert choice == {
+        "index": 0,
+        "message": {
+            "role": "assistant",
+            "content": "Let me see.",
+            "refusal": None,
+            "reasoning_content": "Rome?",
+            "tool_calls": [call],
+        },
+        "logprobs": None,
+        "finish_reason": "tool_calls",
+    }
+    chunks = await events_of(await post(service, "/v1/chat/completions", {**asked, "stream": True}))
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": ""},
+        {"content": "Let me see."},
+        {"reasoning_content": "Rome?"},
+        {"tool_calls": [{"index": 0, **call}]},
+        {},
+    ]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    await service.model().close()
+
+
 async def test_several_answers_are_streamed_together(model: Model):
     asked = {"messages": ASKED, "stream": True, "n": 3}
     chunks = await events_of(await post(Service(model), "/v1/chat/completions", asked))
@@ -662,6 +672,28 @@ async def test_models_are_listed_and_found_by_name(model: Model):
 async def test_a_bad_body_is_a_refusal(model: Model, body: bytes):
     reply = await post(Service(model), "/v1/chat/completions", body)
     assert (reply.status, content_of(reply)["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": {}}, "tools"),
+        ({"tools": [5]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"reasoning_format": "loud"}, "reasoning_format"),
+        ({"enable_thinking": 5}, "enable_thinking"),
+        ({"messages": [{"role": "tool", "content": "5"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    ],
+)
+async def test_what_the_chat_refuses_is_named(model: Model, fields: dict[str, Any], param: str):
+    asked = {"messages": ASKED, **fields}
+    reply = await post(Service(model), "/v1/chat/completions", asked)
+    assert (reply.status, content_of(reply)["error"]["param"]) == (400, param)
 
 
 @pytest.mark.parametrize(

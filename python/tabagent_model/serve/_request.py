@@ -6,7 +6,6 @@ granted is refused, because ignoring it would give a wrong answer. null is as go
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -177,61 +176,17 @@ def _prompts(body: Fields, n: int) -> list[Prompt]:
 
 
 def _chat_fields(body: Fields) -> ChatFields:
-    tools = _tools(body)
-    kwargs = dict(body.inner("chat_template_kwargs"))
+    """Those of ChatFields; the chat itself checks them, and has the same names for them."""
+    fields = {name: body.raw(name) for name in _CHAT_FIELDS}
     effort = body.choice("reasoning_effort", _EFFORTS)
     if effort is not None:
-        kwargs.setdefault("reasoning_effort", effort)
+        kwargs = body.inner("chat_template_kwargs")
+        fields["chat_template_kwargs"] = {"reasoning_effort": effort, **kwargs}
+    if effort == "none":
+        fields["enable_thinking"] = False
     grammar, schema = _constraint(body)
-    fields: dict[str, Any] = {
-        "tools": tools or None,
-        "tool_choice": _tool_choice(body, [tool["function"]["name"] for tool in tools]),
-        "parallel_tool_calls": body.optional_flag("parallel_tool_calls"),
-        "schema": {"grammar": grammar} if grammar is not None else schema,
-        "enable_thinking": False if effort == "none" else body.optional_flag("enable_thinking"),
-        "reasoning_format": body.text("reasoning_format"),
-        "chat_template_kwargs": kwargs or None,
-        "continue_final_message": body.optional_flag("continue_final_message"),
-    }
+    fields["schema"] = schema if grammar is None else {"grammar": grammar}
     return cast("ChatFields", {name: it for name, it in fields.items() if it is not None})
-
-
-def _tools(body: Fields) -> list[dict[str, Any]]:
-    tools = body.raw("tools")
-    if tools is None:
-        return []
-    if not isinstance(tools, list) or len(tools) > _MOST_TOOLS:
-        body.bad("tools", f"a list of at most {_MOST_TOOLS} tools", tools)
-    for at, given in enumerate(tools):
-        tool = Fields(given, f"tools[{at}]")
-        if tool.choice("type", ("function",)) is None:
-            tool.bad("type", '"function"', None)
-        function = tool.inner("function")
-        name = function.text("name")
-        if name is None or not _NAME.fullmatch(name):
-            function.bad("name", "1 to 64 letters, digits, `_` and `-`", name)
-        function.text("description")
-        function.inner("parameters")
-    return tools
-
-
-def _tool_choice(body: Fields, names: list[str]) -> Any:
-    choice = body.raw("tool_choice")
-    if choice is None or choice in ("none", "auto"):
-        return choice
-    if choice != "required":
-        if not isinstance(choice, dict):
-            allowed = '"none", "auto", "required" or one function by name'
-            body.bad("tool_choice", allowed, choice)
-        chosen = body.inner("tool_choice")
-        if chosen.choice("type", ("function",)) is None:
-            chosen.bad("type", '"function"', None)
-        name = chosen.inner("function").text("name")
-        if name not in names:
-            chosen.inner("function").bad("name", f"one of the tools' {names}", name)
-    elif not names:
-        body.refuse("tool_choice", "there are no `tools` to choose from")
-    return choice
 
 
 def _constraint(body: Fields) -> tuple[str | None, Mapping[str, Any] | None]:
@@ -295,13 +250,10 @@ class Fields(Mapping[str, Any]):
         return number
 
     def flag(self, name: str) -> bool:
-        return self.optional_flag(name) or False
-
-    def optional_flag(self, name: str) -> bool | None:
         flag = self.raw(name)
         if flag is not None and not isinstance(flag, bool):
             self.bad(name, "true or false", flag)
-        return flag
+        return flag or False
 
     def text(self, name: str) -> str | None:
         text = self.raw(name)
@@ -360,5 +312,7 @@ _ALIASES = {
     "stop_token_ids": "stop_tokens",
 }
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
-_MOST_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_CHAT_FIELDS = (
+    *("tools", "tool_choice", "parallel_tool_calls", "enable_thinking", "reasoning_format"),
+    *("chat_template_kwargs", "continue_final_message"),
+)

@@ -102,22 +102,9 @@ class ChatShape(_Shape[ChatDelta, ChatCompletion]):
         )
 
     def _choice(self, index: int, result: ChatCompletion) -> dict[str, Any]:
-        content = None if result.tool_calls and not result.content else result.content
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if result.reasoning is not None:
-            message["reasoning_content"] = result.reasoning
-        if result.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in result.tool_calls
-            ]
         return {
             "index": index,
-            "message": message,
+            "message": {**result.message, "refusal": None},
             "logprobs": chat_logprobs(result.logprobs),
             "finish_reason": result.finish_reason,
         }

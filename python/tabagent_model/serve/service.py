@@ -21,10 +21,9 @@ from ..results import Completion
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-    from ..chat import AsyncChatStream
     from ..params import ChatFields
     from ..results import ChatCompletion, ChatDelta
-    from ..stream import AsyncTextStream
+    from ..stream import AsyncChatStream, AsyncTextStream
 
 D = TypeVar("D")
 R = TypeVar("R", bound=Completion)
