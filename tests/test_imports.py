@@ -66,7 +66,9 @@ def test_a_module_imports_only_from_the_floors_below(name: str):
     text = (Path(tabagent_model.__file__).parent / f"{name}.py").read_text()
     home = "." if "/" not in name else ".."
     found = set()
-    for dots, module, names in re.findall(r"^\s*from (\.+)([\w.]*) import (.+)", text, re.MULTILINE):
+    for dots, module, names in re.findall(
+        r"^\s*from (\.+)([\w.]*) import (.+)", text, re.MULTILINE
+    ):
         floor = "" if dots == home else "serve."
         modules = [module] if module else [part.split()[0] for part in names.split(",")]
         found |= {floor + each for each in modules}

@@ -171,8 +171,14 @@ def test_null_is_as_good_as_absent():
     [
         ({"response_format": {"type": "text"}}, None),
         ({"response_format": {"type": "json_object"}}, {"type": "object"}),
-        ({"response_format": {"type": "json_object", "schema": {"type": "array"}}}, {"type": "array"}),
-        ({"response_format": {"type": "json_schema", "schema": {"type": "null"}}}, {"type": "null"}),
+        (
+            {"response_format": {"type": "json_object", "schema": {"type": "array"}}},
+            {"type": "array"},
+        ),
+        (
+            {"response_format": {"type": "json_schema", "schema": {"type": "null"}}},
+            {"type": "null"},
+        ),
         ({"json_schema": {"type": "string"}}, {"type": "string"}),
     ],
 )
@@ -257,8 +263,8 @@ def test_a_body_that_is_no_object_is_refused(body: Any):
 KNOWN = """messages prompt model temperature top_p presence_penalty frequency_penalty max_tokens
 max_completion_tokens n seed stop logit_bias logprobs top_logprobs stream stream_options tools
 tool_choice parallel_tool_calls response_format reasoning_effort functions modalities suffix echo
-best_of top_k min_p typical_p top_n_sigma xtc_probability repeat_penalty repeat_last_n dry_multiplier
-dry_sequence_breakers mirostat ignore_eos min_tokens stop_token_ids banned_tokens timeout_s priority
+best_of top_k min_p typical_p top_n_sigma xtc_probability repeat_penalty repeat_last_n mirostat
+dry_multiplier dry_sequence_breakers ignore_eos min_tokens stop_token_ids banned_tokens timeout_s priority
 overflow n_keep num_ctx cache_prompt chat_template_kwargs reasoning_format enable_thinking
 continue_final_message grammar json_schema"""
 
@@ -403,7 +409,11 @@ def test_chunks_have_openais_shape():
         {"role": "assistant", "content": ""},
         {"content": "Be"},
         {"reasoning_content": "Hm."},
-        {"tool_calls": [{"index": 0, **begin, "function": {"name": "get_weather", "arguments": ""}}]},
+        {
+            "tool_calls": [
+                {"index": 0, **begin, "function": {"name": "get_weather", "arguments": ""}}
+            ]
+        },
         {"tool_calls": [{"index": 0, "function": {"arguments": '{"ci'}}]},
         {},
     ]

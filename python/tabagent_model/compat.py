@@ -4,9 +4,9 @@
 
 Libraries that import `llama_cpp` by themselves find this module after `compat.install()`.
 
-Keywords of an answer have llama-cpp-python's defaults. Those of the model have ours, which are kinder:
-a context of 4,096 tokens and not 512, layers on a GPU if there is one, many threads at once, and
-nothing is printed.
+Keywords of an answer have llama-cpp-python's defaults. Those of the model have ours, which are
+kinder: a context of 4,096 tokens and not 512, layers on a GPU if there is one, many threads at once,
+and nothing is printed.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class Llama:
     def create_chat_completion(self, messages: list[dict[str, Any]], **fields: Any) -> Any:
         """Answer a conversation: a dict, or with `stream=True` an iterator of them.
 
-        `fields` are llama-cpp-python's; the answer ends where the model ends it, if nothing is said.
+        `fields` are llama-cpp-python's; without `max_tokens` the answer ends where the model
+        ends it.
         """
         asked = {"max_tokens": None, "temperature": 0.2, **fields}
         for name in ("functions", "function_call"):
@@ -132,7 +133,9 @@ class Llama:
         is_streamed = asked.pop("stream", False)
         name = asked.pop("model", None) or self.model_path
         chat = {name: asked.pop(name) for name in _CHAT if name in asked}
-        schema = response_schema(Fields(asked.pop("response_format", None) or {}, "response_format"))
+        schema = response_schema(
+            Fields(asked.pop("response_format", None) or {}, "response_format")
+        )
         top = asked.pop("top_logprobs", None)
         asked["logprobs"] = (top or 0) if asked.get("logprobs") else None
         config = self._config(asked)

@@ -56,9 +56,9 @@ def client(tiny_model: Model) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 async def async_client() -> AsyncIterator[openai.AsyncOpenAI]:
-    async with await AsyncModel.load(n_ctx=512, max_parallel=4) as model:
-        async with model.openai_client() as client:
-            yield client
+    model = await AsyncModel.load(n_ctx=512, max_parallel=4)
+    async with model, model.openai_client() as client:
+        yield client
 
 
 def text_of(chunks: Any) -> str:
@@ -257,11 +257,9 @@ async def test_cancelling_a_task_frees_its_place():
 
 
 def test_the_clients_time_out_ends_the_request(tiny_model: Model):
-    with tiny_model.openai_client(timeout=0.05) as client:
-        with pytest.raises(openai.APITimeoutError):
-            client.chat.completions.create(
-                messages=STORY, extra_body={"ignore_eos": True, "num_ctx": 512}, n=4, **GREEDY
-            )
+    extra = {"ignore_eos": True}
+    with tiny_model.openai_client(timeout=0.05) as client, pytest.raises(openai.APITimeoutError):
+        client.chat.completions.create(messages=STORY, extra_body=extra, n=4, **GREEDY)
     assert tiny_model.metrics()["running"] == 0
 
 

@@ -40,7 +40,9 @@ class _Request:
         name = service.resolve(self.model)
         n_ctx = service.model(name).n_ctx
         if self.num_ctx is not None and self.num_ctx > n_ctx:
-            message = f"num_ctx must be at most {n_ctx}, the context of `{name}`, got {self.num_ctx}"
+            message = (
+                f"num_ctx must be at most {n_ctx}, the context of `{name}`, got {self.num_ctx}"
+            )
             raise InvalidRequestError(message, name="num_ctx")
         return name
 
@@ -199,7 +201,9 @@ def _constraint(body: Fields) -> tuple[str | None, Mapping[str, Any] | None]:
     granted = [name for name, wish in wishes.items() if wish is not None]
     if len(granted) > 1:
         body.refuse(granted[-1], f"`{granted[0]}` is given as well, and there can be one of them")
-    schema = wishes["json_schema"] if wishes["response_format"] is None else wishes["response_format"]
+    schema = (
+        wishes["json_schema"] if wishes["response_format"] is None else wishes["response_format"]
+    )
     return wishes["grammar"], None if schema is None else dict(schema)
 
 

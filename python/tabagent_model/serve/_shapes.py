@@ -39,7 +39,13 @@ class _Shape(Generic[D, R]):
         choices = [self._choice(index, result) for index, result in enumerate(results)]
         timings = {"timings": timings_of(results[0].metrics)} if len(results) == 1 else {}
         usage = usage_of(results, self._n)
-        return {"object": self.whole_object, **self._head, "choices": choices, "usage": usage, **timings}
+        return {
+            "object": self.whole_object,
+            **self._head,
+            "choices": choices,
+            "usage": usage,
+            **timings,
+        }
 
     def first(self, index: int) -> list[dict[str, Any]]:
         """What is told before there is a word of the answer."""
@@ -61,7 +67,13 @@ class _Shape(Generic[D, R]):
         raise NotImplementedError
 
     def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
-        return {"object": self.chunk_object, **self._head, "choices": [choice], **self._tail, **more}
+        return {
+            "object": self.chunk_object,
+            **self._head,
+            "choices": [choice],
+            **self._tail,
+            **more,
+        }
 
 
 class ChatShape(_Shape[ChatDelta, ChatCompletion]):

@@ -1,7 +1,7 @@
 """What can be asked of models, whoever asks: no shapes, no web.
 
-Every door asks here: the OpenAI client in this process, and whatever comes over a wire. All of it is
-asynchronous; a `Model` is asked through an asynchronous face of its own.
+Every door asks here: the OpenAI client in this process, and whatever comes over a wire. All of it
+is asynchronous; a `Model` is asked through an asynchronous face of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Service:
         if isinstance(models, (Model, AsyncModel)):
             models = {models.info()["model"] or "model": models}
         if not isinstance(models, Mapping) or not models:
-            message = f"`models` must be a model or a mapping of names to models, got {models!r:.60}"
+            message = (
+                f"`models` must be a model or a mapping of names to models, got {models!r:.60}"
+            )
             raise InvalidRequestError(message, name="models")
         self._models = {_name(name): _async_face(name, model) for name, model in models.items()}
         self._default = next(iter(self._models)) if default is None else _name(default)
@@ -62,7 +64,9 @@ class Service:
         if name is None or name in ("", "default"):
             return self._default
         known = ", ".join(f"`{known}`" for known in self._models)
-        raise ModelNotFoundError(f"there is no model `{name!s:.100}`, there is {known}", name="model")
+        raise ModelNotFoundError(
+            f"there is no model `{name!s:.100}`, there is {known}", name="model"
+        )
 
     def model(self, name: str | None = None) -> AsyncModel:
         return self._models[self.resolve(name)]
