@@ -264,8 +264,8 @@ KNOWN = """messages prompt model temperature top_p presence_penalty frequency_pe
 max_completion_tokens n seed stop logit_bias logprobs top_logprobs stream stream_options tools
 tool_choice parallel_tool_calls response_format reasoning_effort functions modalities suffix echo
 best_of top_k min_p typical_p top_n_sigma xtc_probability repeat_penalty repeat_last_n mirostat
-dry_multiplier dry_sequence_breakers ignore_eos min_tokens stop_token_ids banned_tokens timeout_s priority
-overflow n_keep num_ctx cache_prompt chat_template_kwargs reasoning_format enable_thinking
+dry_multiplier dry_sequence_breakers ignore_eos min_tokens stop_token_ids banned_tokens timeout_s
+priority overflow n_keep num_ctx cache_prompt chat_template_kwargs reasoning_format enable_thinking
 continue_final_message grammar json_schema"""
 
 
@@ -303,7 +303,7 @@ def test_a_completion_takes_text_ids_and_lists_of_both():
     [
         ({}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": [1, -2]}, "prompt[1]"),
+        ({"prompt": [1, -2]}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": ["a"] * 100, "n": 2}, "prompt"),
         ({"prompt": "a", "suffix": "z"}, "suffix"),

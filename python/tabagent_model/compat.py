@@ -5,8 +5,8 @@
 Libraries that import `llama_cpp` by themselves find this module after `compat.install()`.
 
 Keywords of an answer have llama-cpp-python's defaults. Those of the model have ours, which are
-kinder: a context of 4,096 tokens and not 512, layers on a GPU if there is one, many threads at once,
-and nothing is printed.
+kinder: a context of 4,096 tokens and not 512, layers on a GPU if there is one, many threads at
+once, and nothing is printed.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Llama:
         asked["logprobs"] = (top or 0) if asked.get("logprobs") else None
         config = self._config(asked)
         if schema is not None:
-            chat["schema"] = dict(schema)
+            chat["schema"] = schema
         if self._template is not None:
             chat["template"] = self._template
             config = config.with_stop(*config.stop, *self._stop)
@@ -325,7 +325,7 @@ def _check_others(others: Mapping[str, Any]) -> None:
         elif name not in _MISSING:
             from difflib import get_close_matches
 
-            known = [*Llama.__init__.__kwdefaults__, *_HARMLESS, *_MISSING]
+            known = [*(Llama.__init__.__kwdefaults__ or ()), *_HARMLESS, *_MISSING]
             close = get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean `{close[0]}`?" if close else None
             raise InvalidRequestError(f"Llama has no keyword `{name}`", hint=hint, name=name)

@@ -191,33 +191,30 @@ def _chat_fields(body: Fields) -> ChatFields:
     return cast("ChatFields", {name: it for name, it in fields.items() if it is not None})
 
 
-def _constraint(body: Fields) -> tuple[str | None, Mapping[str, Any] | None]:
+def _constraint(body: Fields) -> tuple[str | None, dict[str, Any] | None]:
     """A grammar or a schema that the answer must fit, in any of the ways to ask for it."""
-    wishes = {
-        "grammar": body.text("grammar"),
-        "json_schema": body.inner("json_schema") if body.raw("json_schema") is not None else None,
-        "response_format": response_schema(body.inner("response_format")),
-    }
-    granted = [name for name, wish in wishes.items() if wish is not None]
-    if len(granted) > 1:
-        body.refuse(granted[-1], f"`{granted[0]}` is given as well, and there can be one of them")
-    schema = (
-        wishes["json_schema"] if wishes["response_format"] is None else wishes["response_format"]
-    )
-    return wishes["grammar"], None if schema is None else dict(schema)
+    grammar = body.text("grammar")
+    schema = None if body.raw("json_schema") is None else dict(body.inner("json_schema"))
+    form = response_schema(body.inner("response_format"))
+    wishes = {"grammar": grammar, "json_schema": schema, "response_format": form}
+    first, *others = [name for name, wish in wishes.items() if wish is not None] or [""]
+    if others:
+        body.refuse(others[0], f"`{first}` is given as well, and there can be one of them")
+    return grammar, form if schema is None else schema
 
 
-def response_schema(given: Fields) -> Mapping[str, Any] | None:
+def response_schema(given: Fields) -> dict[str, Any] | None:
+    """The JSON schema that a `response_format` stands for."""
     kind = given.choice("type", ("text", "json_object", "json_schema"))
     if kind is None and given:
         given.bad("type", '"text", "json_object" or "json_schema"', None)
     if kind == "json_object":
-        return given.inner("schema") or {"type": "object"}
+        return dict(given.inner("schema")) or {"type": "object"}
     if kind == "json_schema":
         named = given.inner("json_schema") or given  # llama-server takes it without the name, too
         if named.raw("schema") is None:
             named.bad("schema", "a JSON schema", None)
-        return named.inner("schema")
+        return dict(named.inner("schema"))
     return None
 
 

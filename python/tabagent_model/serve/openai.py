@@ -91,10 +91,11 @@ async def create_completion(service: Service, body: object) -> dict[str, Any] | 
     asked = CompletionRequest.of(body)
     name, n = asked.model_in(service), asked.n
     log.debug("completion: %s", asked.summary())
-    echoes = []
+    echoes: list[str] = []
     for prompt in asked.prompts if asked.echoes else ():
-        is_text = isinstance(prompt, str)
-        echoes += [prompt if is_text else await service.detokenize(prompt, model=name)] * n
+        if not isinstance(prompt, str):
+            prompt = await service.detokenize(prompt, model=name)
+        echoes += [prompt] * n
     shape = CompletionShape(name, n, asked.includes_usage, echoes)
     answers = service.complete(asked.prompts, asked.config, model=name, n=n)
     if asked.is_streamed:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._package import package
@@ -124,7 +124,7 @@ class _Loop:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._stop: weakref.finalize[[], _Loop] | None = None
+        self._stop: Callable[[], object] | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, T], request: httpx.Request | None = None) -> T:
         """Wait for it in this thread; Ctrl-C, and the client's time-out, cancel it."""
