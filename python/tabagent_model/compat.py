@@ -329,7 +329,7 @@ def _check_others(others: Mapping[str, Any]) -> None:
             close = get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean `{close[0]}`?" if close else None
             raise InvalidRequestError(f"Llama has no keyword `{name}`", hint=hint, name=name)
-        elif value not in (None, _MISSING[name]):
+        elif value is not None and value not in _MISSING[name]:
             raise NotSupportedError(f"`{name}` is not supported, got {value!r:.60}")
 
 
@@ -397,13 +397,14 @@ _HARMLESS = {
     *("swa_full", "no_perf", "numa", "spm_infill", "n_parts", "f16_kv", "low_vram", "mul_mat_q"),
 }
 # Those that would change what a model says, with the values that mean nothing.
-_MISSING: dict[str, Any] = {
-    **dict.fromkeys(("tensor_split", "kv_overrides", "lora_base", "lora_path"), None),
-    **dict.fromkeys(("chat_handler", "draft_model", "tokenizer"), None),
-    **dict.fromkeys(("rope_scaling_type", "pooling_type"), -1),
-    **dict.fromkeys(("rope_freq_base", "rope_freq_scale", "yarn_orig_ctx"), 0),
-    **{"yarn_ext_factor": -1, "yarn_attn_factor": 1, "yarn_beta_fast": 32, "yarn_beta_slow": 1},
-    "lora_scale": 1,
+_MISSING: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(("tensor_split", "kv_overrides", "lora_base", "lora_path"), ()),
+    **dict.fromkeys(("chat_handler", "draft_model", "tokenizer"), ()),
+    **dict.fromkeys(("rope_scaling_type", "pooling_type", "yarn_ext_factor"), (-1,)),
+    **dict.fromkeys(("lora_scale", "yarn_attn_factor", "yarn_beta_slow"), (1,)),
+    # LangChain gives 10000 and 1 to every model, whatever is right for it.
+    **{"rope_freq_base": (0, 10_000), "rope_freq_scale": (0, 1)},
+    **{"yarn_beta_fast": (32,), "yarn_orig_ctx": (0,)},
 }
 _SPLIT_MODES = {0: "none", 1: "layer", 2: "row"}
 _GGML_TYPES = {0: "f32", 1: "f16", 8: "q8_0", 30: "bf16"}
