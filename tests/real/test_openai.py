@@ -21,6 +21,7 @@ else:
     openai = pytest.importorskip("openai", reason="the extra `openai` is not installed")
     pydantic = pytest.importorskip("pydantic", reason="the extra `openai` is not installed")
 
+from tabagent_model.serve.openai import handle
 from tabagent_model.serve.service import Service
 from tabagent_model.serve.transport import AsyncTransport, Transport
 
@@ -313,6 +314,35 @@ async def test_httpx_in_an_event_loop_sees_the_same(tiny_model: Model):
         body = {"messages": FRANCE, "temperature": 0}
         answer = (await http.post("/v1/chat/completions", json=body)).json()
     assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
+KNOWN = """messages prompt model temperature top_p presence_penalty frequency_penalty max_tokens
+max_completion_tokens n seed stop logit_bias logprobs top_logprobs stream stream_options tools
+tool_choice parallel_tool_calls response_format reasoning_effort functions modalities suffix echo
+best_of top_k min_p typical_p top_n_sigma xtc_probability repeat_penalty repeat_last_n mirostat
+dry_multiplier dry_sequence_breakers ignore_eos min_tokens stop_token_ids banned_tokens timeout_s
+priority overflow n_keep num_ctx cache_prompt chat_template_kwargs reasoning_format enable_thinking
+continue_final_message grammar json_schema"""
+ODD: list[Any] = [[], {}, "x", -1e9, 1e308, [None], {"a": {}}, 2**70, False, [[]], 0.5, "\x00"]
+
+
+async def test_no_value_of_any_field_is_worse_than_refused(tiny_model: Model):
+    service = Service(tiny_model)
+    asked: dict[str, Any] = {"messages": FRANCE, "prompt": "x", "max_tokens": 1}
+    for name in KNOWN.split():
+        for value in ODD:
+            body = json.dumps({**asked, name: value}).encode()
+            for path in ("/v1/chat/completions", "/v1/completions"):
+                reply = await handle(service, "POST", path, body)
+                if reply.status != 200:
+                    assert isinstance(reply.content, bytes)
+                    error = json.loads(reply.content)["error"]
+                    told = (reply.status, error["type"])
+                    assert told in (
+                        (400, "invalid_request_error"),
+                        (404, "invalid_request_error"),
+                    ), (name, value)
+                    assert error["message"] and error["param"], (name, value)
 
 
 def test_a_missing_package_is_named_with_what_installs_it(
