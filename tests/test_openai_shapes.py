@@ -14,6 +14,7 @@ from tabagent_model import (
     ContextLimitExceededError,
     GenerationConfig,
     GenerationTimeoutError,
+    GrammarError,
     InternalError,
     InvalidRequestError,
     Model,
@@ -478,6 +479,10 @@ def test_logprobs_have_openais_shapes():
         ),
         (TemplateError("x"), 400, "invalid_request_error", "template_error", None),
         (
+            GrammarError("x", name="grammar", position=(1, 2)),
+            *(400, "invalid_request_error", "grammar_error", "grammar"),
+        ),
+        (
             ModelNotFoundError("x", name="model"),
             *(404, "invalid_request_error", "model_not_found", "model"),
         ),
@@ -597,6 +602,14 @@ async def test_a_completion_can_have_several_prompts_and_echo_them(model: Model)
     asked = {"prompt": "Why? ", "stream": True, "echo": True}
     chunks = await events_of(await post(Service(model), "/v1/completions", asked))
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["Why? ", "Be", "cause", "!", ""]
+
+
+async def test_a_service_tells_what_a_conversation_makes_the_model_read(model: Model):
+    service = Service(model)
+    prompt = await service.prompt(ASKED, schema={"type": "object"})
+    tokens = await service.tokenize(prompt)
+    assert (prompt, await service.detokenize(tokens)) == ("user: Why?\nassistant: ", prompt)
+    assert await service.count_tokens(ASKED) == len(tokens)
 
 
 async def test_each_answer_has_a_seed_of_its_own_if_one_is_given():

@@ -225,7 +225,7 @@ class Fields(Mapping[str, Any]):
         if not isinstance(given, dict):
             raise _refusal(name or "body", "a JSON object", given)
         self._given = given
-        self._name = name
+        self.name = name
 
     def raw(self, name: str) -> Any:
         return self._given.get(name)
@@ -251,10 +251,13 @@ class Fields(Mapping[str, Any]):
         return number
 
     def flag(self, name: str) -> bool:
+        return self.optional_flag(name) or False
+
+    def optional_flag(self, name: str) -> bool | None:
         flag = self.raw(name)
         if flag is not None and not isinstance(flag, bool):
             self.bad(name, "true or false", flag)
-        return flag or False
+        return flag
 
     def text(self, name: str) -> str | None:
         text = self.raw(name)
@@ -292,7 +295,7 @@ class Fields(Mapping[str, Any]):
         return len(self._given)
 
     def _path(self, name: str) -> str:
-        return f"{self._name}.{name}" if self._name else name
+        return f"{self.name}.{name}" if self.name else name
 
 
 def _refusal(path: str, allowed: str, got: object) -> InvalidRequestError:

@@ -21,6 +21,7 @@ from uuid import uuid4
 
 from ..errors import (
     GenerationTimeoutError,
+    GrammarError,
     InternalError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -64,15 +65,15 @@ async def handle(
     about = {"x-request-id": f"req-{uuid4().hex}", "content-type": "application/json"}
     try:
         act = _route(method, path)
-        asked = _read(body, headers or {}) if method == "POST" else None
+        asked = read_json(body, headers or {}) if method == "POST" else None
         answer = await act(service, asked)
     except Exception as error:
         status, content = refusal_of(error)
-        return Reply(status, {**about, **_extra_headers(error, status)}, _bytes(content))
+        return Reply(status, {**about, **_extra_headers(error, status)}, json_bytes(content))
     if isinstance(answer, Events):
         about["content-type"] = "text/event-stream"
         return Reply(200, {**about, "cache-control": "no-cache"}, answer)
-    return Reply(200, about, _bytes(answer))
+    return Reply(200, about, json_bytes(answer))
 
 
 async def create_chat_completion(service: Service, body: object) -> dict[str, Any] | Events:
@@ -156,7 +157,7 @@ class Events:
 
     def _end(self) -> None:
         self._is_over = True
-        self._ready.append(b"data: [DONE]\n\n")
+        self._ready.append(_DONE)
 
 
 def refusal_of(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -178,11 +179,17 @@ def error_body(message: str, status: int, code: str, param: str | None = None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def error_event(content: dict[str, Any]) -> bytes:
+    """The end of a stream that somebody else ends, with the body of a refusal."""
+    return _event(content) + _DONE
+
+
 # Whatever is not named here is the server's fault: 500.
 _STATUS: dict[type, int] = {
     ModelNotFoundError: 404,
     InvalidRequestError: 400,
     TemplateError: 400,
+    GrammarError: 400,
     NotSupportedError: 400,
     GenerationTimeoutError: 408,
     QueueFullError: 503,
@@ -221,7 +228,8 @@ def _code(error: Exception) -> str:
     return "_".join(words[:-1] if len(words) > 2 and words[-1] == "Error" else words).lower()
 
 
-def _read(body: bytes, headers: Mapping[str, str]) -> object:
+def read_json(body: bytes, headers: Mapping[str, str]) -> object:
+    """What a body says; with the priority that a header gives, if it names none."""
     try:
         text = body.decode()
         asked = json.loads(text, parse_constant=_refuse_constant)
@@ -252,11 +260,15 @@ def _described(service: Service, name: str) -> dict[str, Any]:
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + _bytes(chunk) + b"\n\n"
+    return b"data: " + json_bytes(chunk) + b"\n\n"
 
 
-def _bytes(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+def json_bytes(content: object) -> bytes:
+    return _encode(content).encode()
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_DONE = b"data: [DONE]\n\n"
 
 
 ROUTES: dict[str, tuple[str, Callable[[Service, Any], Awaitable[dict[str, Any] | Events]]]] = {

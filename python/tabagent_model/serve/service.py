@@ -21,7 +21,7 @@ from ..results import Completion
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-    from ..params import ChatFields
+    from ..params import ChatFields, PromptFields
     from ..results import ChatCompletion, ChatDelta
     from ..stream import AsyncChatStream, AsyncTextStream
 
@@ -97,6 +97,18 @@ class Service:
         stream = self.model(model).stream
         configs = _with_seeds(config, n)
         return Answers([stream(prompt, each) for prompt in prompts for each in configs])
+
+    async def prompt(
+        self, messages: Messages, *, model: str | None = None, **fields: Unpack[ChatFields]
+    ) -> str:
+        """What a conversation makes the model read."""
+        return await self.model(model).apply_chat_template(messages, **_prompt_fields(fields))
+
+    async def count_tokens(
+        self, messages: Messages, *, model: str | None = None, **fields: Unpack[ChatFields]
+    ) -> int:
+        """How many tokens that is."""
+        return await self.model(model).count_tokens(messages, **_prompt_fields(fields))
 
     async def tokenize(
         self, text: str, *, model: str | None = None, add_bos: bool = True, special: bool = False
@@ -231,3 +243,14 @@ def _with_seeds(config: GenerationConfig | None, n: int) -> list[GenerationConfi
     if config.seed < 0:
         return [config for _ in numbers]
     return [config.with_seed((config.seed + number) % 2**63) for number in numbers]
+
+
+def _prompt_fields(fields: ChatFields) -> PromptFields:
+    """Without what is about the answer."""
+    return cast("PromptFields", {k: v for k, v in fields.items() if k in _PROMPT_FIELDS})
+
+
+_PROMPT_FIELDS = {
+    *("tools", "tool_choice", "parallel_tool_calls", "template", "enable_thinking"),
+    *("reasoning_format", "chat_template_kwargs", "continue_final_message"),
+}
