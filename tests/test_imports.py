@@ -55,21 +55,37 @@ MAY_IMPORT = {
     "model": {
         *("_core", "_courier", "_crowd", "_loading", "_log", "_options", "_prompt", "_remote"),
         *("chat", "errors", "metrics", "params", "pin", "results", "stream", "tool_loop"),
+        "serve.transport",
     },
     "_pool": {"errors", "params"},
     "_snapshots": {"_session_file", "chat", "errors", "model"},  # both for type checkers only
     "_keeper": {"_loading", "_pool", "_snapshots", "errors", "model", "params"},
     "manager": {"_keeper", "_pool", "_prompt", "_snapshots", "errors", "model", "params"},
     "testing": {"errors", "params", "results"},
+    "_package": {"errors"},
+    "compat": {
+        *("_core", "_package", "_prompt", "errors", "model", "params"),
+        *("serve._request", "serve._shapes"),
+    },
+    "serve/service": {"_prompt", "errors", "model", "params", "results", "stream"},
+    "serve/_request": {"_prompt", "errors", "params", "serve.service"},  # for type checkers only
+    "serve/_shapes": {"_core", "results"},
+    "serve/openai": {"errors", "results", "serve._request", "serve._shapes", "serve.service"},
+    "serve/transport": {"_package", "model", "serve.openai", "serve.service"},
 }
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_a_module_imports_only_from_the_floors_below(name: str):
     text = (Path(tabagent_model.__file__).parent / f"{name}.py").read_text()
-    found = set(re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE))
-    for line in re.findall(r"^\s*from \. import (.+)", text, re.MULTILINE):
-        found |= {part.split()[0] for part in line.split(",")}
+    home = "." if "/" not in name else ".."
+    found = set()
+    for dots, module, names in re.findall(
+        r"^\s*from (\.+)([\w.]*) import (.+)", text, re.MULTILINE
+    ):
+        floor = "" if dots == home else "serve."
+        modules = [module] if module else [part.split()[0] for part in names.split(",")]
+        found |= {floor + each for each in modules}
     assert found <= MAY_IMPORT[name]
 
 

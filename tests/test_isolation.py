@@ -436,7 +436,7 @@ def test_a_parser_is_not_asked_for_every_piece(model: Model):
 
 
 def test_only_public_methods_can_be_called(model: Model):
-    keeper = model._native._respawn  # type: ignore[union-attr]
+    keeper = model._native._keeper  # type: ignore[union-attr]
     for method in ("_secret", "__class__", "load", "unload", "close", "next_events"):
         with pytest.raises(InvalidRequestError, match="from outside"):
             keeper.call("model", method)
@@ -451,7 +451,7 @@ def test_a_logits_hook_cannot_travel(model: Model):
 
 
 def test_a_prompt_that_somebody_dropped_is_dropped_there(model: Model):
-    child = model._native._respawn._child  # type: ignore[union-attr]
+    child = model._native._keeper._child  # type: ignore[union-attr]
     for _ in range(3):
         model.apply_chat_template("hello")
     model.generate("Count")

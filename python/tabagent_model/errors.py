@@ -29,6 +29,8 @@ TabAgentModelError (RuntimeError)
 ├── ModelQuarantinedError           it did so again and again, and is not started any more
 ├── ProtocolError                   what came over a socket makes no sense
 ├── ForkedProcessError
+├── NotSupportedError (NotImplementedError)   what is asked for does not exist here yet
+├── MissingPackageError (ImportError)   an optional package is not installed
 ├── HardwareError                   the processor cannot be identified
 ├── BinaryNotFoundError (FileNotFoundError)
 └── InternalError
@@ -202,6 +204,14 @@ class ProtocolError(TabAgentModelError):
 
 class ForkedProcessError(TabAgentModelError):
     """The model belongs to the parent of this forked process."""
+
+
+class NotSupportedError(TabAgentModelError, NotImplementedError):
+    """What is asked for makes sense, but this package does not do it yet."""
+
+
+class MissingPackageError(TabAgentModelError, ImportError):
+    """An optional package is not installed; the hint installs it."""
 
 
 class HardwareError(TabAgentModelError):

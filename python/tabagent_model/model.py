@@ -56,6 +56,7 @@ from .stream import (
 )
 
 if TYPE_CHECKING:
+    from openai import AsyncOpenAI, OpenAI
     from typing_extensions import Self, Unpack
 
     from ._core import PyModel, UnloadReport
@@ -516,6 +517,16 @@ class Model(_Base):
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> str:
         return self._tokenizer.detokenize(token_ids(tokens), special)
 
+    def openai_client(self, *, name: str | None = None, **options: Any) -> OpenAI:
+        """An `openai.OpenAI` client whose server is this model: no port, no key, no network.
+
+        The model is called `name` there, or as its file. `options` are the client's. It needs the
+        extra `openai`.
+        """
+        from .serve.transport import client_of
+
+        return client_of(self, name, options)
+
     def _chat(
         self, messages: Messages, config: GenerationConfig | None, fields: ChatFields
     ) -> ChatStream:
@@ -730,6 +741,12 @@ class AsyncModel(_Base):
         if len(ids) <= LONG_TEXT and not self._is_isolated:
             return detokenize(ids, special)
         return await _in_executor(lambda: detokenize(ids, special))
+
+    def openai_client(self, *, name: str | None = None, **options: Any) -> AsyncOpenAI:
+        """As `Model.openai_client`, for event loops: an `openai.AsyncOpenAI`."""
+        from .serve.transport import async_client_of
+
+        return async_client_of(self, name, options)
 
     async def unload(self, timeout: float = 5.0) -> UnloadReport:
         """End what runs, then give the memory back. A second call does nothing."""

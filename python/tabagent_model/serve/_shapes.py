@@ -1,0 +1,229 @@
+"""Answers in OpenAI's shape, as plain dicts: whole, or chunk by chunk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from uuid import uuid4
+
+from .. import _core
+from ..results import ChatCompletion, ChatDelta, Completion
+
+if TYPE_CHECKING:
+    from ..results import InferenceMetrics, TokenLogprob
+
+D = TypeVar("D")
+R = TypeVar("R", bound=Completion)
+
+
+class _Shape(Generic[D, R]):
+    """The dicts of one reply; its id, time and model stand in all of them."""
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, model: str, n: int = 1, includes_usage: bool = False) -> None:
+        self._n = n
+        self._tail: dict[str, Any] = {"usage": None} if includes_usage else {}
+        self.includes_usage = includes_usage
+        self._head = {
+            "id": f"{self.prefix}-{uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": f"tabagent-{_core.__version__}",
+        }
+
+    def whole(self, results: Sequence[R]) -> dict[str, Any]:
+        choices = [self._choice(index, result) for index, result in enumerate(results)]
+        timings = {"timings": timings_of(results[0].metrics)} if len(results) == 1 else {}
+        usage = usage_of(results, self._n)
+        return {
+            "object": self.whole_object,
+            **self._head,
+            "choices": choices,
+            "usage": usage,
+            **timings,
+        }
+
+    def first(self, index: int) -> list[dict[str, Any]]:
+        """What is told before there is a word of the answer."""
+        raise NotImplementedError
+
+    def piece(self, index: int, delta: D) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def last(self, index: int, result: R) -> dict[str, Any]:
+        """Why the answer ended."""
+        raise NotImplementedError
+
+    def usage(self, results: Sequence[R]) -> dict[str, Any]:
+        """What all answers have cost, after the last of them."""
+        usage = usage_of(results, self._n)
+        return {"object": self.chunk_object, **self._head, "choices": [], "usage": usage}
+
+    def _choice(self, index: int, result: R) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {
+            "object": self.chunk_object,
+            **self._head,
+            "choices": [choice],
+            **self._tail,
+            **more,
+        }
+
+
+class ChatShape(_Shape[ChatDelta, ChatCompletion]):
+    """Of a chat completion."""
+
+    prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def first(self, index: int) -> list[dict[str, Any]]:
+        return [self._delta(index, {"role": "assistant", "content": ""})]
+
+    def piece(self, index: int, delta: ChatDelta) -> dict[str, Any]:
+        told: dict[str, Any] = {}
+        if delta.content:
+            told["content"] = delta.content
+        if delta.reasoning:
+            told["reasoning_content"] = delta.reasoning
+        if (call := delta.tool_call) is not None:
+            begin = {} if call.id is None else {"id": call.id, "type": "function"}
+            name = {} if call.name is None else {"name": call.name}
+            function = {**name, "arguments": call.arguments}
+            told["tool_calls"] = [{"index": call.index, **begin, "function": function}]
+        return self._delta(index, told)
+
+    def last(self, index: int, result: ChatCompletion) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "delta": {},
+            "logprobs": chat_logprobs(result.logprobs),
+            "finish_reason": result.finish_reason,
+        }
+        return self._chunk(choice, timings=timings_of(result.metrics))
+
+    def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return self._chunk(
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        )
+
+    def _choice(self, index: int, result: ChatCompletion) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {**result.message, "refusal": None},
+            "logprobs": chat_logprobs(result.logprobs),
+            "finish_reason": result.finish_reason,
+        }
+
+
+class CompletionShape(_Shape[str, Completion]):
+    """Of a completion; `echoes` are put before the answers."""
+
+    prefix = "cmpl"
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(
+        self,
+        model: str,
+        n: int = 1,
+        includes_usage: bool = False,
+        echoes: Sequence[str] = (),
+    ) -> None:
+        super().__init__(model, n, includes_usage)
+        self._echoes = echoes
+
+    def first(self, index: int) -> list[dict[str, Any]]:
+        return [self.piece(index, self._echoes[index])] if self._echoes else []
+
+    def piece(self, index: int, delta: str) -> dict[str, Any]:
+        return self._chunk({"text": delta, "index": index, "logprobs": None, "finish_reason": None})
+
+    def last(self, index: int, result: Completion) -> dict[str, Any]:
+        choice = {**self._choice(index, result), "text": ""}
+        return self._chunk(choice, timings=timings_of(result.metrics))
+
+    def _choice(self, index: int, result: Completion) -> dict[str, Any]:
+        echo = self._echoes[index] if self._echoes else ""
+        return {
+            "text": echo + result.text,
+            "index": index,
+            "logprobs": completion_logprobs(result.logprobs, len(echo)),
+            "finish_reason": result.finish_reason,
+        }
+
+
+def usage_of(results: Sequence[Completion], n: int) -> dict[str, Any]:
+    """What was counted; a prompt with several answers counts once."""
+    prompts = [result.usage for result in results[::n]]
+    prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
+    completion_tokens = sum(result.usage.completion_tokens for result in results)
+    dropped = {
+        name: sum(getattr(result.usage, name) for result in results)
+        for name in ("dropped_tokens", "dropped_messages")
+    }
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in prompts)},
+        "n_ctx": prompts[0].n_ctx,
+        **{name: number for name, number in dropped.items() if number},
+    }
+
+
+def timings_of(metrics: InferenceMetrics) -> dict[str, float]:
+    """Times under llama-server's names, and how long the request waited for its turn."""
+    read = metrics.prompt_tokens - metrics.cached_tokens
+    rate = metrics.tokens_per_second
+    decoded = max(metrics.generated_tokens - 1, 0)  # the first token comes with the prompt
+    return {
+        "cache_n": metrics.cached_tokens,
+        "prompt_n": read,
+        "prompt_ms": round(metrics.prompt_eval_ms, 3),
+        "prompt_per_second": _rate(read, metrics.prompt_eval_ms),
+        "predicted_n": metrics.generated_tokens,
+        "predicted_ms": round(decoded / rate * 1000, 3) if rate else 0.0,
+        "predicted_per_second": round(rate, 3),
+        "queue_ms": round(metrics.queue_ms, 3),
+        "first_token_ms": round(metrics.time_to_first_token_ms, 3),
+    }
+
+
+def _rate(number: int, ms: float) -> float:
+    return round(number / ms * 1000, 3) if ms > 0 else 0.0
+
+
+def chat_logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+    if logprobs is None:
+        return None
+    content = [{**_token(each), "top_logprobs": [*map(_token, each.top)]} for each in logprobs]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    logprobs: Sequence[TokenLogprob] | None, offset: int
+) -> dict[str, Any] | None:
+    if logprobs is None:
+        return None
+    offsets = []
+    for each in logprobs:
+        offsets.append(offset)
+        offset += len(each.text)
+    return {
+        "tokens": [each.text for each in logprobs],
+        "token_logprobs": [each.logprob for each in logprobs],
+        "top_logprobs": [{top.text: top.logprob for top in each.top} for each in logprobs],
+        "text_offset": offsets,
+    }
+
+
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    """`bytes` are unknown of half a character."""
+    known = None if "\ufffd" in token.text else list(token.text.encode())
+    return {"token": token.text, "logprob": token.logprob, "bytes": known}
