@@ -203,6 +203,12 @@ class TestLeaving:
         assert told(pool.unloaded("a", 9)) == []
         assert told(pool.unloaded("b", 9)) == ["load d"]
 
+    def test_what_turns_out_to_be_smaller_leaves_more_room(self):
+        pool = pool_of("ab", max_bytes=6, a=5, b=3)
+        visit(pool, "a", 0)
+        assert told(pool.weighed("a", 3 * GIB, 1)) == []
+        assert told(pool.ask(Ticket("b", "use"), 2)) == ["load b"]
+
     def test_nobody_leaves_in_vain(self):
         pool = pool_of("abc", max_bytes=6, a=1, b=5, c=5)
         visit(pool, "a", 0)

@@ -326,10 +326,10 @@ class Keeper(threading.Thread, Generic[M]):
             self._say(name, "load", said, began, failure)
             self._tell(lambda pool, now: pool.failed(name, failure, now))
             return
-        needs = self._needs_of(model)
         self._say(name, "load", 1.0, began)
-        self._tell(lambda pool, now: pool.loaded(name, now, needs))
+        self._tell(lambda pool, now: pool.loaded(name, now))
         self._turned(name)  # requests may have come before this was known
+        self._weigh(name, model)
 
     def _adopted(self, name: str, opened: Loaded) -> M:
         """The same object again, if there is one, with what was loaded in it."""
@@ -347,18 +347,19 @@ class Keeper(threading.Thread, Generic[M]):
         self.models[name] = model
         return model
 
-    def _needs_of(self, model: M) -> int | None:
-        """What a loaded model takes: of the same estimate, with what was chosen for it."""
+    def _weigh(self, name: str, model: M) -> None:
+        """Estimate again, with what was chosen for the model. Nobody waits for this any more."""
         config, context = model.config, model._context
         try:
             if context is not None:
                 config = config.with_fields(
                     n_ctx=context.n_ctx, max_parallel=context.n_seq_max, kv_type=context.kv_type
                 )
-            return checked_whole("estimate", self._estimate(config), 0, 2**62)
+            needs = checked_whole("estimate", self._estimate(config), 0, 2**62)
         except Exception as error:  # then what was estimated before holds
-            _log().warning("what `%s` takes is not known: %s", model.config.path, error)
-            return None
+            _log().warning("what `%s` takes is not known: %s", config.path, error)
+        else:
+            self._tell(lambda pool, now: pool.weighed(name, needs, now))
 
     def _unload(self, name: str) -> None:
         began, model = time.monotonic(), self.models[name]

@@ -154,13 +154,17 @@ class Pool:
             member.is_running, member.used_at = is_running, now
         return self._advance(now)
 
-    def loaded(self, name: str, now: float, needs: int | None = None) -> list[Order]:
+    def loaded(self, name: str, now: float) -> list[Order]:
         member = self.members[name]
         member.state, member.used_at, member.was_used = "loaded", now, False
         member.is_given_up, member.crowd, member.shortage = False, frozenset(), None
-        member.needs = member.needs if needs is None else needs
         if self.is_closed:
             self._unload(member)
+        return self._advance(now)
+
+    def weighed(self, name: str, needs: int, now: float) -> list[Order]:
+        """What a model really takes turned out after it was loaded."""
+        self.members[name].needs = needs
         return self._advance(now)
 
     def failed(self, name: str, error: Exception, now: float) -> list[Order]:
