@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from tabagent_model import (
     NoRoomError,
     OutOfMemoryError,
     QueueTimeoutError,
+    WorkerCrashedError,
 )
 from tabagent_model.params import BUNDLED_MODEL
 
@@ -224,6 +226,28 @@ async def test_the_sessions_of_tasks_survive_a_swap():
         second = await session.send("What is the capital of Italy?")
         assert second.usage.cached_tokens >= first.usage.prompt_tokens
         assert "Rome" in second.text
+
+
+def test_a_model_in_a_process_of_its_own_comes_and_goes_as_well(alone: dict[str, str]):
+    with ModelManager(max_loaded=1, snapshots="memory") as models:
+        models.register_model("apart", isolation="process", **FIELDS)
+        models.register_model("draft", FILES["draft"], **FIELDS)
+        apart = models.load_model()
+        session = apart.session(temperature=0, max_tokens=24)
+        asked = [f"What is the capital of {of}?" for of in ("France", "Spain", "Italy")]
+        *_, last = [session.send(text) for text in asked]
+        models.swap("draft")
+        models.swap("apart")
+        assert session.send(asked[0]).usage.cached_tokens >= last.usage.prompt_tokens
+        stream = apart.stream(PROMPT, **LONG, overflow="shift")
+        next(stream)
+        os.kill(apart.info()["worker_pid"], signal.SIGKILL)
+        with pytest.raises(WorkerCrashedError):
+            stream.collect()
+        with models.use("apart", timeout_s=30) as again:
+            assert again.generate(PROMPT, **GREEDY).text == alone["chat"]
+        models.swap("draft")
+        assert states(models) == {"apart": "unloaded", "draft": "loaded"}
 
 
 def test_another_file_at_the_same_path_gets_no_old_state(tmp_path: Path):
