@@ -30,7 +30,7 @@ Stream = TextStream | AsyncTextStream | ChatStream | AsyncChatStream
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--schemas", type=int, default=100, help="random schemas to answer to")
+    parser.addoption("--schemas", type=int, default=500, help="random schemas to answer to")
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 //! refuse, and that nothing anybody can write takes long.
 
 use std::ffi::CString;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tabagent_model::config::{Constraint, Syntax, Trigger};
+use tabagent_model::config::{Constraint, GenerationConfig, Syntax, Trigger};
 use tabagent_model::constraint::{Constraints, Guide, Lexicon, Verdict, llama_grammar};
+use tabagent_model::context::Sampler;
 use tabagent_model::error::Error;
 
 /// Behind the 256 bytes.
@@ -262,7 +264,7 @@ fn a_lazy_grammar_hears_its_trigger_and_what_came_with_it() {
     let full = Trigger::PatternFull("[a-z ]*to=(<call>)".into());
     let not = Trigger::Pattern("(<call>)(?!x)".into());
     for trigger in [word, pattern, full, not, Trigger::Token(CALL)] {
-        let mut guide = lazy(&[trigger.clone()]);
+        let mut guide = lazy(std::slice::from_ref(&trigger));
         assert!(takes(&mut guide, "some text to="), "{trigger:?}");
         assert!(guide.allows(END).unwrap());
         assert!(guide.allowed().unwrap().has(i32::from(b'x')));
@@ -565,6 +567,7 @@ fn how_long_masks_take() {
     let begun = Instant::now();
     let _ = constraints.guide(&Constraint::new(Syntax::Regex, "a"), &[], &[], None).unwrap();
     println!("slices of the tree: {:?}", begun.elapsed());
+    print_choices(&constraints, words.len());
     let person = r##"{"type": "object", "properties": {"name": {"type": "string"},
         "age": {"type": "integer", "minimum": 0, "maximum": 150}, "tags": {"type": "array",
         "items": {"enum": ["red", "green"]}}, "home": {"$ref": "#/$defs/home"}},
@@ -620,6 +623,27 @@ ws ::= [ \n]?"#;
             checks[half],
             checks[most]
         );
+    }
+}
+
+/// A whole choice where the constraint refuses the first one each time, and without a constraint.
+fn print_choices(constraints: &Constraints, size: usize) {
+    let asked = Constraint::new(Syntax::Regex, "[0-9]{4000}");
+    let mut dice = fastrand::Rng::with_seed(5);
+    let row: Vec<f32> = (0..size).map(|_| dice.f32() * 20.0 - 10.0).collect();
+    for (name, is_guided) in [("without", false), ("refused each time", true)] {
+        let guide = || constraints.guide(&asked, &[], &[], None).unwrap();
+        let sampler = Sampler::new(GenerationConfig::default(), Arc::default(), 4096);
+        let mut sampler = sampler.guided_by(is_guided.then(guide));
+        let mut times: Vec<Duration> = (0..101)
+            .map(|_| {
+                let begun = Instant::now();
+                sampler.sample(&row, &[], []).unwrap();
+                begun.elapsed()
+            })
+            .collect();
+        times.sort();
+        println!("choice, {name}: {:?} (median) {:?} (worst)", times[50], times[100]);
     }
 }
 
