@@ -262,7 +262,7 @@ fn a_lazy_grammar_hears_its_trigger_and_what_came_with_it() {
     let full = Trigger::PatternFull("[a-z ]*to=(<call>)".into());
     let not = Trigger::Pattern("(<call>)(?!x)".into());
     for trigger in [word, pattern, full, not, Trigger::Token(CALL)] {
-        let mut guide = lazy(&[trigger.clone()]);
+        let mut guide = lazy(std::slice::from_ref(&trigger));
         assert!(takes(&mut guide, "some text to="), "{trigger:?}");
         assert!(guide.allows(END).unwrap());
         assert!(guide.allowed().unwrap().has(i32::from(b'x')));
