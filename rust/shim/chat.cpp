@@ -366,6 +366,27 @@ std::string bounded(const std::string & grammar) {
     return result;
 }
 
+// llama.cpp's grammar of a required call lets the model talk first, for as long as it likes. The words
+// are the last text before the calls: `root ::= "…" (thoughts)? space until-12? tool-calls`.
+std::string without_words(std::string grammar) {
+    const size_t root = grammar.find("root ::= ");
+    if (root == std::string::npos || (root > 0 && grammar[root - 1] != '\n')) return grammar;
+    size_t words = std::string::npos;
+    int    depth = 0;
+    bool   quoted = false;
+    for (size_t at = root; at < grammar.size() && grammar[at] != '\n'; ++at) {
+        const char c = grammar[at];
+        if (quoted && c == '\\') ++at;
+        if (c == '"') quoted = !quoted;
+        if (!quoted && (c == '(' || c == ')')) depth += c == '(' ? 1 : -1;
+        if (!quoted && depth == 0 && grammar.compare(at, 7, " until-") == 0) words = at;
+    }
+    if (words == std::string::npos) return grammar;
+    size_t end = grammar.find_first_not_of("0123456789", words + 7);
+    if (end != std::string::npos && grammar[end] == '?') ++end;
+    return grammar.erase(words, end - words);
+}
+
 std::unique_ptr<ta_prompt> written(const ta_chat & chat, generation_params params) {
     Recording  recording;
     const auto made   = made_by(chat, params);
@@ -374,6 +395,7 @@ std::unique_ptr<ta_prompt> written(const ta_chat & chat, generation_params param
     prompt->stops     = made.additional_stops;
     prompt->preserved = made.preserved_tokens;
     prompt->grammar   = bounded(made.grammar);
+    if (params.tool_choice == COMMON_CHAT_TOOL_CHOICE_REQUIRED) prompt->grammar = without_words(prompt->grammar);
     prompt->grammar_is_lazy = made.grammar_lazy;
     if (!made.grammar_lazy) prompt->grammar_prefix = made.generation_prompt;
     if (made.grammar_lazy) prompt->triggers = made.grammar_triggers;
