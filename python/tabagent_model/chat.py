@@ -155,8 +155,9 @@ class _Session:
         try:
             config = cast("GenerationFields", facts["config"])
             session = cls(model, facts["system"], config)
-            said = facts["messages"] and checked_messages(facts["messages"])
-            session._messages = [dict(message) for message in said]
+            if facts["messages"]:
+                checked_messages(facts["messages"])
+            session._messages = facts["messages"]  # with why an answer ended, which is no message's
             session._first = min(facts["first"], len(session._messages))
             session._dropped_tokens = int(facts["dropped_tokens"])
             prompt, answer, tokens = (facts["known"][name] for name in vars(session._known))

@@ -267,9 +267,9 @@ def test_a_missing_file_is_an_error_of_ours_and_of_python():
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # it is taken out again after the test
+    del sys.modules["llama_cpp"]
     compat.install()
-    monkeypatch.setitem(sys.modules, "llama_cpp", compat)
 
 
 @pytest.mark.filterwarnings("default")

@@ -193,7 +193,7 @@ impl Reader {
 
     fn read(&self, text: &str, is_partial: bool) -> Result<Answer> {
         let mut answer = match open_brackets(text) {
-            0..=DEPTH_ON_ANY_STACK => self.read_here(text, is_partial),
+            depth if depth <= DEPTH_ON_ANY_STACK => self.read_here(text, is_partial),
             depth if depth <= DEEPEST => on_a_large_stack(|| self.read_here(text, is_partial)),
             depth => Err(refused(format!("the answer opens {depth} brackets inside each other"))),
         }?;
