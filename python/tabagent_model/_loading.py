@@ -51,11 +51,13 @@ async def open_model_async(
 
 
 def placement_of(native: object) -> dict[str, Any]:
-    """Where the loader put a model, why, and what it tried before; of one that it loaded."""
+    """Where the loader put a model, why, and what it tried before; of one that it loaded, here or
+    in a worker."""
     from ._ledger import LEDGER
 
     entry = LEDGER.entry_of(native)
-    return entry.facts() if entry else {}
+    told: dict[str, Any] = getattr(native, "placement", {}) if entry is None else entry.facts()
+    return told
 
 
 def give_up_all() -> None:
@@ -125,7 +127,7 @@ class _Loading(threading.Thread):
 
 def load_here(config: ModelConfig, progress: Callable[[float], bool]) -> Loaded:
     """Into this process."""
-    from . import _climb  # here: only a load needs it, and what it imports
+    from . import _climb  # here: only a load needs what it imports
 
     return _climb.load(config, progress)
 

@@ -45,6 +45,14 @@ def test_what_was_loaded_says_where_it_is_and_why():
         assert model.info()["reason"] == "the CPU, as asked"
 
 
+def test_a_model_in_a_worker_says_so_too():
+    fields = {"n_ctx": 256, "max_parallel": 1}
+    with Model.load(isolation="process", **fields) as away, Model.load(**fields) as here:
+        told = away.info()
+        assert told["placement"] == here.info()["placement"]
+        assert (told["reason"], told["failed_rungs"]) == (here.info()["reason"], [])
+
+
 def test_an_estimate_that_does_not_fit_is_refused_before_anything_is_loaded(on):
     on(with_free(100 * MIB))
     with pytest.raises(OutOfMemoryError, match="`tiny-chat` with 8 x 2048 tokens") as caught:
