@@ -62,6 +62,8 @@ fn compile_shim(llama: &Path) {
     for folder in ["", "include", "ggml/include", "common", "vendor"] {
         shim.include(llama.join(folder));
     }
+    // Last: src/ is named with its folder, because common/ has headers of the same names.
+    shim.include(llama);
     shim.cpp(true)
         .std("c++17")
         .pic(true)

@@ -5,15 +5,19 @@ The tables behind it are tested in rust/tests/cpu.rs against recorded processors
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import machines
 import tabagent_model
-from tabagent_model import _core
+from tabagent_model import _core, hardware
+from tabagent_model.hardware import Gpu, GpuContext, GpuProcess, Machine
 
 VARIANTS = {
     *(f"bitnet-amd-zen{n}" for n in range(1, 6)),
@@ -54,7 +58,10 @@ def test_the_processor_is_described_in_plain_values():
         "logical_cores",
         "physical_cores",
         "usable_cores",
+        "default_threads",
     )
+    assert kinds.pop("affinity") in (int, type(None))
+    assert kinds.pop("quota") in (float, type(None))
     assert kinds == {"vendor": str, "brand": str, "features": list} | dict.fromkeys(numbers, int)
     assert 1 <= cpu["physical_cores"] <= cpu["logical_cores"]
     assert 1 <= cpu["usable_cores"] <= cpu["logical_cores"]
@@ -147,3 +154,119 @@ def test_resident_memory_is_what_the_kernel_says():
         return int(value) / 1024
 
     assert _core.process_rss_mb() == pytest.approx(kernel_says(), rel=0.1)
+
+
+def test_this_machine_is_plain_data_that_survives_json():
+    machine = hardware.detect()
+    told = json.loads(json.dumps(machine.to_dict()))
+    assert Machine.from_dict(told) == machine
+    assert machine.cpu.module in [name for name, _ in _core.cpu_modules(str(modules_folder()))]
+    assert 1 <= machine.cpu.threads <= machine.cpu.usable_cores
+    assert 0 < machine.memory.available < machine.memory.total
+    assert (machine.reason is None) == bool(machine.usable_gpus)
+
+
+@pytest.mark.parametrize("name", [name for name in vars(machines) if name.isupper()])
+def test_a_recorded_machine_survives_json(name: str):
+    machine = getattr(machines, name)
+    if isinstance(machine, Machine):
+        assert Machine.from_dict(json.loads(json.dumps(machine.to_dict()))) == machine
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"cpus": {}}, "a Machine has no field `cpus`"),
+        ({"cpu": {"cores": 4}}, "a Cpu has no field `cores`"),
+        ({"memory": 5}, "a Memory must be a mapping of its fields, got 5"),
+        ({"gpus": [{"vram": 5}]}, "a Gpu has no field `vram`"),
+        ({"gpus": [{"processes": [5]}]}, "a GpuProcess must be a mapping of its fields, got 5"),
+        ([], "a Machine must be a mapping of its fields, got []"),
+    ],
+)
+def test_what_is_no_machine_is_refused(facts: Any, message: str):
+    with pytest.raises(tabagent_model.InvalidRequestError) as caught:
+        Machine.from_dict(facts)
+    assert caught.value.message == message
+
+
+def card(index: int, name: str, pci_id: str, total: int, used: int, **facts: Any) -> dict[str, Any]:
+    """As `_core.detect_gpus` tells of one."""
+    unknown = {"compute_capability": None, "utilization": None, "processes": [], "instances": []}
+    sizes = {"total": total, "free": total - used, "used": used}
+    place = {"index": index, "name": name, "uuid": f"GPU-{name}", "pci_id": pci_id}
+    return place | sizes | unknown | facts
+
+
+A = card(0, "A", "0000:01:00.0", 100, 40, processes=[(1, 30), (2, None)])
+B = card(1, "B", "0000:c1:00.0", 200, 0)
+NVML = {"driver": "580.65", "reason": None, "gpus": [A, B]}
+CUDA_0 = {"name": "CUDA0", "description": "NVIDIA B", "pci_id": "0000:C1:00.0"}
+
+
+def test_gpus_are_joined_by_their_place_on_the_bus_whatever_their_numbers_are():
+    # as with CUDA_VISIBLE_DEVICES=1: CUDA's first is NVML's second
+    gpus = hardware.joined(NVML, [{**CUDA_0, "is_gpu": True, "total": 190, "free": 180}])
+    assert [(gpu.device, gpu.name, gpu.index) for gpu in gpus] == [
+        ("CUDA0", "B", 1),
+        (None, "A", 0),
+    ]
+    assert (gpus[0].total, gpus[0].free, gpus[0].used) == (190, 180, 10)
+    assert gpus[1].processes == (GpuProcess(1, 30), GpuProcess(2, None))
+    assert (gpus[1].total, gpus[1].free, gpus[1].driver) == (100, 60, "580.65")
+
+
+def test_a_gpu_that_nvml_does_not_know_is_there_all_the_same():
+    vulkan = {"name": "Vulkan0", "description": "Radeon", "pci_id": None, "is_gpu": True}
+    no_nvml = {"gpus": [], "driver": None, "reason": "no NVML: not found"}
+    (gpu,) = hardware.joined(no_nvml, [{**vulkan, "total": None, "free": None}])
+    assert gpu == Gpu(name="Radeon", device="Vulkan0")
+
+
+def test_the_vram_of_a_card_that_is_not_there_is_unknown_and_not_0():
+    assert hardware.vram_used_mb(99) is None
+
+
+def test_without_a_gpu_there_is_an_empty_list_and_a_reason():
+    assert hardware.joined({"gpus": [], "driver": None, "reason": "no NVML"}, []) == ()
+    assert machines.NO_GPU.usable_gpus == machines.UNUSED_GPU.usable_gpus == ()
+    assert machines.NO_GPU.free_on("cpu") == 11 * hardware.GIB
+    assert machines.NO_GPU.free_on("CUDA0") is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "budget"),
+    [
+        (machines.CARD_24, "CUDA0", 0.8 * 24),
+        (machines.MIG, "CUDA0", 0.8 * 10),
+        (Machine.from_dict({"memory": {"total": 8 << 30}}), "cpu", 0.25 * 8),
+    ],
+)
+def test_the_budget_is_a_share_of_what_the_device_has(machine, device, budget):
+    context = GpuContext(machine)
+    assert (context.device, context.max_memory) == (device, int(budget * hardware.GIB))
+
+
+def test_a_budget_counts_and_refuses_with_figures():
+    context = GpuContext(Machine.from_dict({"memory": {"total": 4096 * hardware.MIB}}))
+    context.allocate(600 * hardware.MIB)
+    with pytest.raises(
+        tabagent_model.OutOfMemoryError, match=r"600 MiB \+ 500 MiB > 1.0 GiB"
+    ) as no:
+        context.allocate(500 * hardware.MIB)
+    assert (no.value.needed, no.value.free) == (500 * hardware.MIB, 424 * hardware.MIB)
+    context.deallocate(100 * hardware.MIB)
+    assert context.available_memory == 524 * hardware.MIB
+    with pytest.raises(tabagent_model.InvalidRequestError, match="at most 524288000"):
+        context.deallocate(501 * hardware.MIB)
+    for wrong in (-1, True, 1.5, "1"):
+        with pytest.raises(tabagent_model.InvalidRequestError, match="`num_bytes`"):
+            context.allocate(wrong)  # type: ignore[arg-type]
+
+
+def test_no_budget_is_made_of_what_nobody_knows():
+    unknown = Machine.from_dict({"gpus": [{"device": "CUDA0"}], "memory": {"total": 5}})
+    with pytest.raises(tabagent_model.HardwareError, match="how much memory CUDA0 has"):
+        GpuContext(unknown)
+    with pytest.raises(tabagent_model.InvalidRequestError, match="`main_gpu` must be from 0 to 0"):
+        GpuContext(machines.CARD_6, main_gpu=1)

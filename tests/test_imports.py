@@ -36,6 +36,18 @@ MAY_IMPORT = {
     "_options": {"_prompt", "errors", "schema", "tools"},
     "stream": {"_courier", "errors", "results", "schema"},  # the schema for type checkers only
     "_crowd": {"_courier", "errors", "results", "stream"},
+    "hardware": {"_native", "errors"},
+    "_estimate": {"_attention", "_core", "errors", "hardware", "params"},
+    "placement": {"_core", "_estimate", "errors", "hardware", "params"},
+    "advice": {"errors", "hardware", "params"},
+    "_ledger": {
+        *("_core", "_courier", "_estimate", "errors", "hardware"),
+        *("placement",),  # for type checkers only
+    },
+    "_climb": {
+        *("_core", "_courier", "_estimate", "_ledger", "_native", "errors", "hardware"),
+        *("params", "placement"),
+    },
     "_frames": {"errors", "results"},
     "_spawn": {"errors"},
     "_child": {"_core", "_frames", "_spawn", "errors", "params"},
@@ -45,7 +57,10 @@ MAY_IMPORT = {
         *("_child", "_core", "_courier", "_frames", "_respawn"),
         *("_verdicts", "errors", "params"),
     },
-    "_loading": {"_core", "_courier", "_log", "_native", "_remote", "errors", "params", "stream"},
+    "_loading": {
+        *("_climb", "_core", "_courier", "_ledger", "_log", "_remote"),
+        *("errors", "params", "stream"),
+    },
     "worker": {"_core", "_frames", "_loading", "errors", "params", "stream"},
     "_session_file": {"_core", "errors", "model"},  # the model for type checkers only
     "chat": {

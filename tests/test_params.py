@@ -22,8 +22,12 @@ def test_the_defaults_are_the_documented_ones():
         "queue_size": 1024,
         "prompt_cache_mb": -1,
         "gpu_layers": "auto",
+        "device": "auto",
+        "fallback": "auto",
+        "n_ctx_min": 0,
         "main_gpu": 0,
         "split_mode": "layer",
+        "tensor_split": [],
         "use_mmap": True,
         "use_mlock": False,
         "repack": "auto",
@@ -202,7 +206,19 @@ WRONG_MODEL: list[tuple[str, Any]] = [
     ("gpu_layers", -5),
     ("gpu_layers", "some"),
     ("gpu_layers", 1.0),
+    ("device", "tpu"),
+    ("device", "CUDA0"),
+    ("device", "cpu:1"),
+    ("device", "cuda:"),
+    ("device", "cuda:one"),
+    ("device", 1),
+    ("fallback", "cuda"),
+    ("n_ctx_min", -1),
     ("main_gpu", -1),
+    ("tensor_split", [0, 0.0]),
+    ("tensor_split", [1] * 17),
+    ("tensor_split", "11"),
+    ("tensor_split", 1.0),
     ("split_mode", "diagonal"),
     ("split_mode", 1),
     ("flash_attn", 7),
@@ -323,6 +339,14 @@ def test_one_wrong_entry_among_many_is_named(fields: dict[str, Any], message: st
     with pytest.raises(InvalidRequestError) as caught:
         GenerationConfig(**fields)
     assert caught.value.message.startswith(message)
+
+
+@pytest.mark.parametrize("share", [-1, math.nan, math.inf, "1"])
+def test_a_wrong_share_of_a_gpu_is_named(share: Any):
+    with pytest.raises(
+        InvalidRequestError, match=r"`tensor_split\[1\]` must be a number between 0"
+    ):
+        ModelConfig(tensor_split=[1, share])
 
 
 def test_a_value_that_cannot_be_shown_is_still_refused():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/guide.md", "docs/models.md", "docs/openai.md"]
+PAGES = ["README.md", "docs/guide.md", "docs/models.md", "docs/openai.md", "docs/memory.md"]
 EXAMPLES = [
     pytest.param(example, id=f"{page}-{number}")
     for page in PAGES

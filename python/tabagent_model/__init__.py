@@ -23,6 +23,7 @@ from .errors import (
     ForkedProcessError,
     GenerationCancelled,
     GenerationTimeoutError,
+    GpuNotAvailableError,
     GrammarError,
     HardwareError,
     InternalError,
@@ -69,6 +70,11 @@ from .results import (
 from .stream import AsyncChatStream, AsyncTextStream, ChatStream, TextStream
 
 if TYPE_CHECKING:
+    from . import advice, hardware, placement
+    from ._ledger import memory
+    from .advice import recommend
+    from .hardware import GpuContext, Machine
+    from .placement import estimate
     from .schema import Schema
     from .tool_loop import ToolEvent, ToolResult, ToolRun
     from .tools import Tool
@@ -80,13 +86,21 @@ get_cpu_variant = _core.get_cpu_variant
 get_optimal_binary = _core.get_optimal_binary
 __version__ = _core.__version__
 
-# Loaded when they are first asked for: a program without tools and types need not wait for them.
+# Loaded when they are first asked for: most programs need few of them.
 _LATER = {
+    "GpuContext": "hardware",
+    "Machine": "hardware",
     "Schema": "schema",
     "Tool": "tools",
     "ToolEvent": "tool_loop",
     "ToolResult": "tool_loop",
     "ToolRun": "tool_loop",
+    "advice": "advice",
+    "estimate": "placement",
+    "hardware": "hardware",
+    "memory": "_ledger",
+    "placement": "placement",
+    "recommend": "advice",
 }
 
 
@@ -95,7 +109,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    module = import_module(f".{_LATER[name]}", __name__)
+    return module if name == _LATER[name] else getattr(module, name)
 
 
 __all__ = [
@@ -116,6 +131,8 @@ __all__ = [
     "GenerationCancelled",
     "GenerationConfig",
     "GenerationTimeoutError",
+    "GpuContext",
+    "GpuNotAvailableError",
     "GrammarError",
     "HardwareError",
     "InferenceMetrics",
@@ -124,6 +141,7 @@ __all__ = [
     "InvalidModelError",
     "InvalidRequestError",
     "LoadCancelledError",
+    "Machine",
     "ManagedModel",
     "MissingPackageError",
     "Model",
@@ -166,7 +184,13 @@ __all__ = [
     "Usage",
     "WorkerCrashedError",
     "__version__",
+    "advice",
+    "estimate",
     "get_cpu_variant",
     "get_optimal_binary",
+    "hardware",
     "inspect",
+    "memory",
+    "placement",
+    "recommend",
 ]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from . import Model, TabAgentModelError, _native
+
+if TYPE_CHECKING:
+    from .hardware import Cpu, Gpu, Machine, Memory
 
 
 def main() -> int:
@@ -17,11 +21,12 @@ def main() -> int:
     generate.add_argument("--model", help="a GGUF file instead of the bundled tiny model")
     generate.add_argument("--max-tokens", type=int, default=256)
     generate.add_argument("--temperature", type=float, default=0.0)
-    commands.add_parser("doctor", help="say what this installation runs on")
+    examine = commands.add_parser("doctor", help="say what this installation runs on")
+    examine.add_argument("model", nargs="?", help="a GGUF file: say also what it would take here")
     asked = parser.parse_args()
     try:
         if asked.command == "doctor":
-            doctor()
+            doctor(asked.model)
         else:
             prompt = sys.stdin.read() if asked.prompt == "-" else asked.prompt
             answer(asked.model, prompt, asked.max_tokens, asked.temperature)
@@ -48,24 +53,68 @@ def answer(path: str | None, prompt: str, max_tokens: int, temperature: float) -
             )
 
 
-def doctor() -> None:
-    core = _native.core
-    cpu = core.detect_cpu()
+def doctor(model: str | None = None) -> None:
+    from . import hardware
+
+    core, machine = _native.core, hardware.detect()
     usable = [name for name, _ in core.cpu_modules(str(_native.LIBRARIES))]
     how = "named by TABAGENT_CPU_VARIANT" if "TABAGENT_CPU_VARIANT" in os.environ else "tried"
     facts = {
         "tabagent_model": core.__version__,
         "llama.cpp": core.LLAMA_CPP_VERSION,
-        "processor": f"{cpu['brand']}, {cpu['physical_cores']} cores, {cpu['usable_cores']} usable",
+        "processor": processor(machine.cpu),
         "CPU variant": core.get_cpu_variant(),
         "CPU modules": ", ".join(usable),
-        "CPU module in use": f"{_native.start()} ({how})",
+        "CPU module in use": f"{machine.cpu.module} ({how})",
+        "memory": memory(machine.memory),
     }
     if dead := _native.dead_modules():
         facts["died in a trial"] = ", ".join(dead)
+    for number, gpu in enumerate(machine.gpus):
+        facts[f"GPU {number}"] = gpu_line(gpu)
+    if machine.reason:
+        facts["no GPU in use"] = machine.reason
     for name, fact in facts.items():
         print(f"{name:18} {fact}")
     print(attention_table())
+    if model is not None:
+        print(placement_table(model, machine))
+
+
+def processor(cpu: Cpu) -> str:
+    told = [cpu.name, f"{cpu.physical_cores} cores", f"{cpu.usable_cores} usable"]
+    if cpu.quota is not None:
+        told.append(f"a quota of {cpu.quota:g}")
+    return ", ".join(told)
+
+
+def memory(memory: Memory) -> str:
+    from .hardware import shown
+
+    told = f"{shown(memory.available)} of {shown(memory.total)} available"
+    return told if memory.limit is None else f"{told}, limited to {shown(memory.limit)}"
+
+
+def gpu_line(gpu: Gpu) -> str:
+    from .hardware import shown
+
+    told = [gpu.name or "unknown", f"{shown(gpu.free)} of {shown(gpu.total)} free"]
+    if gpu.compute_capability is not None:
+        told.append("SM {}.{}".format(*gpu.compute_capability))
+    if gpu.driver is not None:
+        told.append(f"driver {gpu.driver}")
+    told.append(f"llama.cpp's {gpu.device}" if gpu.device else "llama.cpp cannot use it")
+    return ", ".join(told)
+
+
+def placement_table(model: str, machine: Machine) -> str:
+    """What a model would take on this machine, and all the ways to load it, best first."""
+    from . import placement
+
+    rungs = placement.rungs_of(model, machine=machine)
+    lines = [f"\n{model}", *(f"  {rung.told}" for rung in rungs)]
+    chosen = next((rung for rung in rungs if rung.fits), rungs[0])
+    return "\n".join([*lines, *(f"  {line}" for line in str(chosen.estimate).splitlines())])
 
 
 def attention_table() -> str:

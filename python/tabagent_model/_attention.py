@@ -42,12 +42,14 @@ class Work(NamedTuple):
     n_threads: int
 
 
-def choose(work: tuple[int, ...], choices: list[Choice], built_in: Choice) -> Choice:
+def choose(
+    work: tuple[int, ...], choices: list[Choice], built_in: Choice, *, may_measure: bool = True
+) -> Choice:
     """The fastest of these choices, the first of which is llama.cpp's own."""
     if len(choices) == 1:
         return choices[0]
     work = Work(*work)
-    times = times_of(work)
+    times = times_of(work) if may_measure or work in _known else measured().get(work)
     return fastest(times, choices, work.n_ctx) if times else built_in
 
 

@@ -14,23 +14,28 @@ __all__ = [
     "ChatParser",
     "ChatPrompt",
     "Event",
+    "ModelFile",
     "PyContext",
     "PyModel",
     "__version__",
     "_inject",
     "cpu_modules",
     "detect_cpu",
+    "detect_gpus",
     "get_cpu_variant",
     "get_optimal_binary",
     "inspect_gguf",
     "keep_last_line",
+    "list_devices",
     "measure_attention",
+    "memory_info",
     "probe_cpu_module",
     "process_rss_mb",
     "put_log",
     "start",
     "stop_log",
     "take_log",
+    "weight_layouts",
 ]
 __version__: str
 LLAMA_CPP_VERSION: str
@@ -56,10 +61,14 @@ class PyModel:
         n_gpu_layers: int | None = None,
         use_mlock: bool | None = None,
         repack: bool | None = None,
+        tensor_split: Sequence[float] | None = None,
+        file: ModelFile | None = None,
     ) -> None:
         """Read a model file. `progress` gets 0.0 to 1.0; returning False stops the load.
 
-        `repack` lays weights out anew for the CPU; None does it where it pays.
+        `repack` lays weights out anew for the CPU; None does it where it pays. `tensor_split` says
+        how much of the model each GPU gets, in any unit; None: by their free memory. `file` is the
+        header of this file, where it was just read, so that it need not be read again.
 
         `dll_path` and `library_path` are accepted for old callers and ignored: the package brings
         its own llama.cpp.
@@ -209,6 +218,30 @@ class Message(TypedDict):
     error: str | None
     """Why the parts are not what the model meant, if they are not."""
 
+@final
+class ModelFile:
+    """A model file's header, and what a context of the model would come to.
+
+    `settings` are those of `create_context` that decide about memory, by their names; `free` is the
+    main memory that may be used, None if nobody knows.
+    """
+
+    def __new__(cls, path: str) -> Self: ...
+    def description(self) -> dict[str, Any]:
+        """The same as `inspect_gguf`."""
+    def sizes(self) -> dict[str, Any]:
+        """What its memory is made of: `input`, `layers` and `output`, each with bytes, matrices
+        (the bytes of those that can be laid out anew, by type) and kv_values (of a token)."""
+    def attention(
+        self, settings: dict[str, Any], gpu_layers: int, free: int | None
+    ) -> tuple[tuple[int, int, int, int, int], list[tuple[str, str]], tuple[str, str]] | None:
+        """What is open about attention: what it depends on, the choices, and the one to take
+        without a measurement. None: nothing is, or it is llama.cpp's to choose."""
+    def plan(self, settings: dict[str, Any], free: int | None) -> tuple[int, int, int]:
+        """The number of sequences, their bytes, and those of the prompt cache at most."""
+    def fit(self, settings: dict[str, Any]) -> tuple[int, int]:
+        """Tokens of a sequence, and threads."""
+
 @type_check_only
 class UnloadReport(TypedDict):
     """What came back: the process's resident memory around the unload."""
@@ -280,6 +313,9 @@ class PyContext:
         """A number that grows as long as the engine gets on, and whether it has work to do."""
     def metrics(self) -> dict[str, Any]:
         """Counters, and for each `…_s` a distribution with `count`, `sum` and `buckets`."""
+    def memory(self) -> list[dict[str, Any]]:
+        """What llama.cpp allocated for it and for the weights, of each kind of memory: device,
+        in_ram, is_mapped (pages of the file), and bytes of weights, context and compute."""
     def slots(self) -> list[dict[str, int | None]]:
         """Of each slot: request_id, held_tokens, prompt_tokens, cached_tokens, generated_tokens."""
     def unpin(self, request_id: int) -> None:
@@ -363,6 +399,19 @@ def get_optimal_binary(
     must_exist: bool = False,
 ) -> str: ...
 def detect_cpu() -> dict[str, Any]: ...
+def detect_gpus() -> dict[str, Any]:
+    """NVML's `gpus`, the `driver`, and the `reason` why there are none. Unknown is None."""
+
+def list_devices() -> list[dict[str, Any]]:
+    """What llama.cpp can compute on, in its own order; nothing before `start`."""
+
+def memory_info() -> dict[str, int | None]:
+    """Bytes: total, available and limit (of the cgroup) for us; resident and private are ours."""
+
+def weight_layouts() -> tuple[dict[str, float], bool]:
+    """The types of weights that the CPU module lays out anew, each with what a byte of it becomes;
+    and whether K-quants stay as they are all the same."""
+
 def process_rss_mb() -> float | None: ...
 def _inject(fault: str) -> None:
     """For tests: `throw` throws a C++ exception, `panic` panics."""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import _core, _log, _native
+from . import _log
 from ._courier import Context
 from .errors import LoadCancelledError
 from .params import ModelConfig
@@ -48,6 +48,16 @@ async def open_model_async(
     except asyncio.CancelledError:
         _discard(loading.future)
         raise
+
+
+def placement_of(native: object) -> dict[str, Any]:
+    """Where the loader put a model, why, and what it tried before; of one that it loaded, here or
+    in a worker."""
+    from ._ledger import LEDGER
+
+    entry = LEDGER.entry_of(native)
+    told: dict[str, Any] = getattr(native, "placement", {}) if entry is None else entry.facts()
+    return told
 
 
 def give_up_all() -> None:
@@ -117,38 +127,9 @@ class _Loading(threading.Thread):
 
 def load_here(config: ModelConfig, progress: Callable[[float], bool]) -> Loaded:
     """Into this process."""
-    _native.start()
-    model = _core.PyModel()
-    model.load(
-        config.path,
-        gpu_layers=-1 if isinstance(config.gpu_layers, str) else config.gpu_layers,
-        mlock=config.use_mlock,
-        mmap=config.use_mmap,
-        main_gpu=config.main_gpu,
-        vocab_only=config.vocab_only,
-        split_mode=config.split_mode,
-        repack=None if isinstance(config.repack, str) else config.repack,
-        progress=progress,
-    )
-    try:
-        return None if config.vocab_only else _context_of(model, config), model
-    except BaseException:
-        model.unload()
-        raise
+    from . import _climb  # here: only a load needs what it imports
 
-
-def _context_of(model: PyModel, config: ModelConfig) -> Context:
-    return model.create_context(
-        config.n_ctx,
-        config.n_batch,
-        config.n_threads,
-        n_seq_max=config.max_parallel,
-        queue_size=config.queue_size,
-        prompt_cache_mb=config.prompt_cache_mb,
-        flash_attn=config.flash_attn,
-        kv_type=config.kv_type,
-        warmup=config.warmup,
-    )
+    return _climb.load(config, progress)
 
 
 _underway: set[_Loading] = set()

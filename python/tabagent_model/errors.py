@@ -31,7 +31,8 @@ TabAgentModelError (RuntimeError)
 ├── ForkedProcessError
 ├── NotSupportedError (NotImplementedError)   what is asked for does not exist here yet
 ├── MissingPackageError (ImportError)   an optional package is not installed
-├── HardwareError                   the processor cannot be identified
+├── HardwareError                   the machine does not tell what it is or has
+├── GpuNotAvailableError            a GPU was asked for that is not there or cannot be used
 ├── BinaryNotFoundError (FileNotFoundError)
 └── InternalError
 
@@ -102,10 +103,17 @@ class BackendError(TabAgentModelError, ImportError):
 
 
 class OutOfMemoryError(TabAgentModelError, MemoryError):
-    """Not enough memory; `needed` and `free` are bytes."""
+    """Not enough memory; `needed` and `free` are bytes.
+
+    A refused load also says on which `device`, what was tried (`rungs`), and how many bytes
+    unloading each other model would free there (`unloading`).
+    """
 
     needed: int
     free: int
+    device: str
+    rungs: tuple[str, ...]
+    unloading: dict[str, int]
 
 
 class NoRoomError(OutOfMemoryError):
@@ -216,6 +224,12 @@ class MissingPackageError(TabAgentModelError, ImportError):
 
 class HardwareError(TabAgentModelError):
     """The machine does not tell what it is."""
+
+
+class GpuNotAvailableError(TabAgentModelError):
+    """`device` names a GPU that is not there, or that this installation cannot compute on."""
+
+    device: str
 
 
 class BinaryNotFoundError(TabAgentModelError, FileNotFoundError):

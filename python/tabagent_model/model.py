@@ -17,7 +17,7 @@ from weakref import WeakSet
 from . import _core, _courier, _loading, _log
 from ._courier import Context, Courier, Request, request_ids
 from ._crowd import Crowd
-from ._loading import OnProgress, open_model, open_model_async
+from ._loading import OnProgress, open_model, open_model_async, placement_of
 from ._options import ChatOptions
 from ._prompt import (
     Message,
@@ -130,6 +130,7 @@ class _Base:
                 "is_repacked": native.is_repacked,
                 "load_time_ms": native.load_time_ms,
             }
+            facts |= placement_of(native)
             if self._is_isolated:
                 facts |= cast("RemoteModel", native).worker()
         return facts

@@ -25,6 +25,7 @@ C = TypeVar("C", bound="_Config")
 SplitMode = Literal["none", "layer", "row"]
 Isolation = Literal["none", "process"]
 FlashAttention = Literal["auto", "on", "off"]
+Fallback = Literal["auto", "partial", "cpu", "error"]
 KvType = Literal["auto", "f16", "bf16", "f32", "q8_0"]
 Priority = Literal["high", "normal", "low"]
 Overflow = Literal["error", "shift", "drop_oldest"]
@@ -35,6 +36,7 @@ LogitsHook = Callable[[list[int], "memoryview[float]"], None]
 CONSTRAINTS = ("json_schema", "regex", "lark", "grammar")
 """The fields that say what an answer has to be."""
 
+DEVICES = ("auto", "cpu", "gpu", "cuda", "rocm", "vulkan", "metal")
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-chat.gguf"
 
 
@@ -116,9 +118,23 @@ class ModelConfig(_Config):
     """Main memory for beginnings that lost their place to others; -1: as much as the places take,
     at most a sixteenth of the free memory; 0: none."""
     gpu_layers: int | Literal["auto", "all"] = "auto"
-    """How many layers go to a GPU; -1 and "all": all of them; "auto": all, if there is a GPU."""
+    """How many layers go to a GPU; -1 and "all": all of them; "auto": as many as fit. The output
+    counts as one more layer, and goes first."""
+    device: str = "auto"
+    """"cpu", "gpu", or "cuda" and the like, with a number for one of several: "cuda:1". A GPU that
+    is asked for and not there is an error; "auto" takes what there is."""
+    fallback: Fallback = "auto"
+    """When not all of what was asked for fits. "partial": fewer layers on the GPU, then keys and
+    values of 8 bits, then a smaller context, as far as those were left open; "cpu": the CPU at
+    once; "error": nothing else; "auto": "partial", and then the CPU unless `device` names another.
+    What came of it stands in `info()` and in the log."""
+    n_ctx_min: int = 0
+    """How far a fallback may halve `n_ctx`; 0: not at all."""
     main_gpu: int = 0
+    """The GPU for small results and, with `split_mode="none"`, for everything."""
     split_mode: SplitMode = "layer"
+    tensor_split: Iterable[float] = ()
+    """How much of the model each GPU gets, in any unit; empty: by their free memory."""
     use_mmap: bool = True
     use_mlock: bool = False
     repack: bool | Literal["auto"] = "auto"
@@ -149,8 +165,12 @@ class ModelConfig(_Config):
         _whole(self, "prompt_cache_mb", -1, 2**24)
         if self.gpu_layers not in ("auto", "all"):
             _whole(self, "gpu_layers", -1, 2**31 - 1, also='"auto" or "all", or ')
+        _device(self, "device")
+        _choice(self, "fallback", ("auto", "partial", "cpu", "error"))
+        _whole(self, "n_ctx_min", 0, 2**24)
         _whole(self, "main_gpu", 0, 255)
         _choice(self, "split_mode", ("none", "layer", "row"))
+        _shares(self, "tensor_split", at_most=16)
         _switch(self, "use_mmap")
         _switch(self, "use_mlock")
         if self.repack != "auto":
@@ -191,6 +211,13 @@ class ModelConfig(_Config):
 
     def with_gpu_layers(self, gpu_layers: int | Literal["auto", "all"]) -> Self:
         return self.with_fields(gpu_layers=gpu_layers)
+
+    def with_device(self, device: str) -> Self:
+        return self.with_fields(device=device)
+
+    def with_fallback(self, fallback: Fallback, n_ctx_min: int | None = None) -> Self:
+        n_ctx_min = self.n_ctx_min if n_ctx_min is None else n_ctx_min
+        return self.with_fields(fallback=fallback, n_ctx_min=n_ctx_min)
 
     def with_main_gpu(self, main_gpu: int) -> Self:
         return self.with_fields(main_gpu=main_gpu)
@@ -422,8 +449,12 @@ class ModelFields(TypedDict, total=False):
     prompt_cache_mb: int | None
     gpu_layers: int | Literal["auto", "all"] | None
     n_gpu_layers: int | Literal["auto", "all"] | None
+    device: str | None
+    fallback: Fallback | None
+    n_ctx_min: int | None
     main_gpu: int | None
     split_mode: SplitMode | None
+    tensor_split: Iterable[float] | None
     use_mmap: bool | None
     use_mlock: bool | None
     repack: bool | Literal["auto"] | None
@@ -645,6 +676,32 @@ def _ids(config: _Config, name: str, *, at_most: int) -> None:
     if len(ids) > at_most:
         raise _refusal(name, allowed, value)
     _put(config, name, tuple(_id(f"{name}[{at}]", token) for at, token in enumerate(ids)))
+
+
+def _device(config: _Config, name: str) -> None:
+    value = getattr(config, name)
+    allowed = ", ".join(map(repr, DEVICES)) + ", or one of the latter with a number: 'cuda:1'"
+    if not isinstance(value, str):
+        raise _refusal(name, allowed, value)
+    kind, separator, number = value.partition(":")
+    may_have_number = kind not in ("auto", "cpu")
+    is_number = number.isascii() and number.isdigit() and len(number) <= 2
+    if kind not in DEVICES or (separator and not (may_have_number and is_number)):
+        raise _refusal(name, allowed, value)
+
+
+def _shares(config: _Config, name: str, *, at_most: int) -> None:
+    value = getattr(config, name)
+    allowed = f"at most {at_most} numbers from 0, not all of them 0"
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise _refusal(name, allowed, value)
+    given = tuple(islice(value, at_most + 1))
+    if len(given) > at_most:
+        raise _refusal(name, allowed, value)
+    shares = tuple(_float(f"{name}[{at}]", each, 0, _LARGEST) for at, each in enumerate(given))
+    if shares and not any(shares):
+        raise _refusal(name, allowed, value)
+    _put(config, name, shares)
 
 
 def _biases(config: _Config, name: str, *, at_most: int) -> None:

@@ -272,6 +272,9 @@ class ScriptedContext:
             if event.is_last or (callback is not None and callback(event.text) is False):
                 return text
 
+    def memory(self) -> list[dict[str, Any]]:
+        return []
+
     def slots(self) -> list[dict[str, int | None]]:
         with self._changed:
             places: list[_Sequence | None] = [*self._running]

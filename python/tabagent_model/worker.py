@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core
 from ._frames import PROTOCOL, Message, Wire, pack, told_error, told_of, unpack
-from ._loading import load_here
+from ._loading import load_here, placement_of
 from .errors import InvalidRequestError, ProtocolError
 from .params import ModelConfig
 from .stream import LONG_TEXT
@@ -121,7 +121,9 @@ class Worker:
         self._objects |= {"model": model, "context": context}
         if context is not None:
             self._start(self._tell_events)
-        return {"model": _described(model), "context": context and _described(context)}
+        described = _described(model)
+        described["facts"]["placement"] = pack(placement_of(model), [])
+        return {"model": described, "context": context and _described(context)}
 
     def _submit(self, message: Message) -> None:
         params = unpack(message["params"], message.get("data", ()))

@@ -3,9 +3,13 @@
 #include "guard.h"
 
 #include "llama.h"
+#include "src/llama-ext.h"
 
+#include <cstdio>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
+#include <string_view>
 #include <vector>
 
 #ifdef __linux__
@@ -163,6 +167,27 @@ void ta_context_free(ta_context * context) noexcept {
 
 void ta_context_set_threads(ta_context * context, int32_t n_threads) noexcept {
     llama_set_n_threads(context->llama, n_threads, n_threads);
+}
+
+int ta_context_memory(const ta_context * context, int32_t index, ta_memory * out, ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        const llama_memory_breakdown all = llama_get_memory_breakdown(context->llama);
+        if (index < 0 || size_t(index) >= all.size()) {
+            return 1;
+        }
+        const auto & [type, bytes] = *std::next(all.begin(), index);
+        ggml_backend_dev_t device  = ggml_backend_buft_get_device(type);
+        // Memory in another layout for the CPU is not "host" memory, but it lies in RAM as well.
+        const bool of_cpu = !device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+        *out              = {};
+        out->in_ram       = of_cpu || ggml_backend_buft_is_host(type);
+        out->is_mapped    = std::string_view(ggml_backend_buft_name(type)) == "CPU_Mapped";
+        out->weights      = bytes.model;
+        out->context      = bytes.context;
+        out->compute      = bytes.compute;
+        std::snprintf(out->device, sizeof out->device, "%s", device ? ggml_backend_dev_name(device) : "CPU");
+        return int(TA_OK);
+    });
 }
 
 uint32_t ta_context_n_ctx_seq(const ta_context * context) noexcept { return llama_n_ctx_seq(context->llama); }

@@ -74,7 +74,48 @@ void multiply(ggml_backend_t backend, ggml_backend_buffer_type_t buffer_type, gg
     }
 }
 
+// The kinds of buffers with a layout of their own, in the order in which llama.cpp tries them.
+std::vector<ggml_backend_buffer_type_t> extra_buffer_types(ggml_backend_dev_t device) {
+    std::vector<ggml_backend_buffer_type_t> found;
+    auto extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
+    for (auto * type = extra ? extra(device) : nullptr; type && *type; ++type) {
+        found.push_back(*type);
+    }
+    return found;
+}
+
+// Whether the device multiplies with a matrix of this type in such a buffer, and how large it is there.
+double relaid_in(ggml_backend_dev_t device, ggml_backend_buffer_type_t buffer_type, ggml_type type) {
+    Owned<ggml_context>        context(ggml_init({ggml_tensor_overhead() * 3, nullptr, true}));
+    Owned<ggml_backend_buffer> empty(ggml_backend_buft_alloc_buffer(buffer_type, 0));
+    ggml_tensor * w = ggml_new_tensor_2d(context.get(), type, COLUMNS, ROWS);
+    ggml_tensor * x = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, COLUMNS, 32);
+    ggml_tensor * y = ggml_mul_mat(context.get(), w, x);
+    w->buffer       = empty.get();
+    if (!ggml_backend_dev_supports_op(device, y)) {
+        return 0;
+    }
+    return double(ggml_backend_buft_get_alloc_size(buffer_type, w)) / double(ggml_nbytes(w));
+}
+
 }  // namespace
+
+int ta_relaid(int32_t type, double * factor, ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        if (!device || type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size(ggml_type(type)) == 0) {
+            return ta_fail(error, TA_REFUSED, "there is no CPU device, or no such type");
+        }
+        *factor = 0;
+        for (ggml_backend_buffer_type_t buffer_type : extra_buffer_types(device)) {
+            if (*factor == 0) {
+                *factor = relaid_in(device, buffer_type, ggml_type(type));
+            }
+        }
+        return int(TA_OK);
+    });
+}
 
 int ta_probe_cpu(ta_error * error) noexcept {
     return ta_guard(error, [&] {
@@ -83,12 +124,8 @@ int ta_probe_cpu(ta_error * error) noexcept {
         if (!backend) {
             return ta_fail(error, TA_REFUSED, "the module registers no CPU device");
         }
-        std::vector<ggml_backend_buffer_type_t> buffer_types = {ggml_backend_dev_buffer_type(device)};
-        auto extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(ggml_backend_reg_get_proc_address(
-            ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
-        for (auto * type = extra ? extra(device) : nullptr; type && *type; ++type) {
-            buffer_types.push_back(*type);
-        }
+        std::vector<ggml_backend_buffer_type_t> buffer_types = extra_buffer_types(device);
+        buffer_types.insert(buffer_types.begin(), ggml_backend_dev_buffer_type(device));
         for (ggml_backend_buffer_type_t buffer_type : buffer_types) {
             for (ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0,
                                    GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K}) {

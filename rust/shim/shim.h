@@ -75,6 +75,19 @@ uint32_t ta_context_n_ctx_seq(const ta_context * context) TA_NOEXCEPT;
 uint32_t ta_context_n_batch(const ta_context * context) TA_NOEXCEPT;
 uint32_t ta_context_n_seq_max(const ta_context * context) TA_NOEXCEPT;
 
+// What llama.cpp allocated, one kind of memory per call. 1 behind the last one.
+typedef struct ta_memory {
+    char     device[64];  // as llama.cpp calls it: CPU, CUDA0, ...
+    bool     in_ram;
+    bool     is_mapped;   // pages of the model file, which the kernel may drop and read again
+    uint64_t weights;     // of the model, whichever context asks
+    uint64_t context;     // keys and values, and states
+    uint64_t compute;
+} ta_memory;
+
+int ta_context_memory(const ta_context * context, int32_t index, ta_memory * out,
+                      ta_error * error) TA_NOEXCEPT;
+
 // One row of a batch per call; the caller keeps to n_batch rows and valid ids.
 void ta_batch_clear(ta_context * context) TA_NOEXCEPT;
 void ta_batch_add(ta_context * context, int32_t token, int32_t position, int32_t sequence,
@@ -193,6 +206,10 @@ int ta_backend_load(const char * path, ta_error * error) TA_NOEXCEPT;
 // Multiplies a small matrix of each weight type on the CPU module that is loaded, in every kind of
 // buffer that it offers. It dies where the module does: for a throw-away child process.
 int ta_probe_cpu(ta_error * error) TA_NOEXCEPT;
+
+// Into how many bytes the CPU module that is loaded lays a byte of weights of this type out anew; 0
+// where it leaves them as they are.
+int ta_relaid(int32_t type, double * factor, ta_error * error) TA_NOEXCEPT;
 
 // 1: the CPU module that is loaded was built with this (`AVX512_BF16`, …) and the processor has it.
 int ta_cpu_has(const char * feature, ta_error * error) TA_NOEXCEPT;

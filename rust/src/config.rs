@@ -13,6 +13,8 @@ pub struct ModelConfig {
     pub gpu_layers: i32,
     pub main_gpu: i32,
     pub split_mode: SplitMode,
+    /// How much of the model each GPU gets, in any unit; empty means by their free memory.
+    pub tensor_split: Vec<f32>,
     pub mmap: bool,
     pub mlock: bool,
     pub vocab_only: bool,
@@ -42,12 +44,27 @@ impl ModelConfig {
             gpu_layers: -1,
             main_gpu: 0,
             split_mode: SplitMode::Layer,
+            tensor_split: Vec::new(),
             mmap: true,
             mlock: false,
             vocab_only: false,
             repack: None,
             context: ContextConfig::default(),
         })
+    }
+
+    /// Refuses what llama.cpp would divide by or read past.
+    pub fn validate(&self) -> Result<()> {
+        check("gpu_layers", self.gpu_layers, -1, i32::MAX)?;
+        check("main_gpu", self.main_gpu, 0, 255)?;
+        check("the number of `tensor_split` entries", self.tensor_split.len(), 0, MOST_GPUS)?;
+        for (gpu, share) in self.tensor_split.iter().enumerate() {
+            check(&format!("tensor_split[{gpu}]"), *share, 0.0, f32::MAX)?;
+        }
+        if !self.tensor_split.is_empty() && self.tensor_split.iter().all(|&share| share == 0.0) {
+            return Err(Error::invalid("tensor_split", "zeros only", "more than 0 somewhere"));
+        }
+        self.context.validate()
     }
 
     pub fn with_gpu_layers(self, gpu_layers: i32) -> ModelConfig {
@@ -472,6 +489,8 @@ impl GenerationConfig {
     }
 }
 
+/// llama.cpp's own limit (`llama_max_devices`).
+const MOST_GPUS: usize = 16;
 /// Of tokens to look back.
 const LONGEST: i32 = 1 << 24;
 /// More than any vocabulary has.

@@ -97,6 +97,30 @@ pub(crate) struct ContextParams {
 }
 
 #[repr(C)]
+struct ShimMemory {
+    device: [c_char; 64],
+    in_ram: bool,
+    is_mapped: bool,
+    weights: u64,
+    context: u64,
+    compute: u64,
+}
+
+/// One kind of memory, and what llama.cpp allocated of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// As llama.cpp calls it: `CPU`, `CUDA0`.
+    pub device: String,
+    pub in_ram: bool,
+    /// Pages of the model file, which the kernel may drop and read again.
+    pub is_mapped: bool,
+    pub weights: u64,
+    /// Keys and values, and the states of recurrent layers.
+    pub context: u64,
+    pub compute: u64,
+}
+
+#[repr(C)]
 pub(crate) struct ShimAttention {
     _opaque: [u8; 0],
 }
@@ -137,6 +161,12 @@ unsafe extern "C" {
     pub(crate) fn ta_context_n_ctx_seq(context: *const ShimContext) -> u32;
     pub(crate) fn ta_context_n_batch(context: *const ShimContext) -> u32;
     pub(crate) fn ta_context_n_seq_max(context: *const ShimContext) -> u32;
+    fn ta_context_memory(
+        context: *const ShimContext,
+        index: i32,
+        out: *mut ShimMemory,
+        error: *mut ShimError,
+    ) -> c_int;
     pub(crate) fn ta_batch_clear(context: *mut ShimContext);
     pub(crate) fn ta_batch_add(
         context: *mut ShimContext,
@@ -286,6 +316,7 @@ unsafe extern "C" {
     fn ta_cpu_has(feature: *const c_char, error: *mut ShimError) -> c_int;
     fn ta_cpu_seconds() -> f64;
     fn ta_backend_load(path: *const c_char, error: *mut ShimError) -> c_int;
+    fn ta_relaid(kind: i32, factor: *mut f64, error: *mut ShimError) -> c_int;
     fn ta_probe_cpu(error: *mut ShimError) -> c_int;
     pub(crate) fn ta_samplers_apply(
         vocab: *const llama_vocab,
@@ -340,6 +371,41 @@ pub(crate) fn load_backend(path: &CStr) -> Result<()> {
 pub(crate) fn probe_cpu() -> Result<()> {
     // SAFETY: no arguments of ours.
     call(|error| unsafe { ta_probe_cpu(error) }).map(drop)
+}
+
+/// # Safety
+/// The context is alive, and nothing else uses it meanwhile.
+pub(crate) unsafe fn memory(context: *const ShimContext) -> Result<Vec<MemoryUse>> {
+    let mut all = Vec::new();
+    loop {
+        // SAFETY: plain numbers and bytes; all of them may be zero.
+        let mut found: ShimMemory = unsafe { std::mem::zeroed() };
+        let index = all.len() as i32;
+        // SAFETY: as this function demands.
+        let status = call(|error| unsafe { ta_context_memory(context, index, &mut found, error) })?;
+        if status != 0 {
+            return Ok(all);
+        }
+        // SAFETY: the shim ends the name with a zero.
+        let device = unsafe { CStr::from_ptr(found.device.as_ptr()) };
+        all.push(MemoryUse {
+            device: device.to_string_lossy().into_owned(),
+            in_ram: found.in_ram,
+            is_mapped: found.is_mapped,
+            weights: found.weights,
+            context: found.context,
+            compute: found.compute,
+        });
+    }
+}
+
+/// Into how many bytes the CPU module that is loaded lays a byte of weights of a type out anew; None
+/// where it leaves them as they are.
+pub(crate) fn relaid(kind: u32) -> Option<f64> {
+    let mut factor = 0.0;
+    // SAFETY: a number to write to that outlives the call.
+    call(|error| unsafe { ta_relaid(kind as i32, &mut factor, error) }).ok()?;
+    (factor > 0.0).then_some(factor)
 }
 
 /// Whether the CPU module that is loaded uses this feature of the processor.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use tabagent_model::error::Error;
 use tabagent_model::gguf::{
-    Description, check_tokenizer_is_stack_safe, inspect, inspect_vocabulary,
+    Description, Part, Parts, check_tokenizer_is_stack_safe, inspect, inspect_vocabulary,
 };
 
 // A writer
@@ -310,10 +310,34 @@ fn a_sound_model_is_described() {
         is_embedding: false,
         is_recurrent: false,
         n_experts: 0,
+        n_ff: 64,
+        n_merges: 1,
+        caps_scores: false,
         kv_values_per_token: 2 * (16 + 16),
+        state_bytes_per_sequence: 0,
+        parts: Parts {
+            input: part(32 * 8 * 4, 0, 0),
+            layers: vec![part(37_120, 36_864, 16 + 16); 2],
+            output: part(32 * 8 * 4 + 32 * 4, 32 * 8 * 4, 0),
+            shared_bytes: 0,
+        },
     };
     assert_eq!(description, expected);
     assert_eq!(description.kv_bytes_per_token(), 128);
+}
+
+/// So many bytes, so many of them in matrices of F32, and keys and values of a token.
+fn part(bytes: u64, matrices: u64, kv_values: u64) -> Part {
+    let matrices = (matrices > 0).then_some(("F32", matrices)).into_iter().collect();
+    Part { bytes, matrices, kv_values }
+}
+
+#[test]
+fn a_model_without_an_output_matrix_multiplies_with_its_embedding() {
+    let folder = Folder::new();
+    let tied = inspect(&folder.file("m.gguf", &llama().drop("output.weight").bytes())).unwrap();
+    let own = inspect(&folder.file("n.gguf", &llama().bytes())).unwrap();
+    assert_eq!(tied.parts, Parts { shared_bytes: 32 * 8 * 4, ..own.parts });
 }
 
 #[test]

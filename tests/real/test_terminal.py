@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tabagent_model import _native
+from tabagent_model import ModelConfig, _native
 
 pytestmark = pytest.mark.model
 
@@ -46,3 +46,13 @@ def test_the_doctor_names_the_module_in_use():
     facts = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines() if line[0] == "t")
     assert facts["tabagent_model"] == _native.core.__version__
     assert f"CPU module in use  {_native.start()} (" in ran.stdout
+
+
+def test_the_doctor_says_what_a_model_would_take(tmp_path):
+    path = str(ModelConfig().path)
+    ran = run("doctor", path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    told = ran.stdout[ran.stdout.index(path) :].splitlines()
+    assert told[1].startswith("  ")
+    assert any(line.startswith("  cpu: needs ") for line in told)
+    assert run("doctor", str(tmp_path / "none.gguf")).returncode == 1

@@ -10,12 +10,11 @@ use std::time::{Duration, Instant};
 use super::plan::Plan;
 use super::pool::Turn;
 use super::runner::N_CTX_STEP;
-use super::threads_of;
+use super::{threads_of, trained};
 use crate::config::{ContextConfig, FlashAttention, KvType};
 use crate::error::{Error, Result};
 use crate::ffi::{self, AttentionCase, AttentionShape};
-use crate::hardware::memory;
-use crate::model::Model;
+use crate::gguf::Description;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attention {
@@ -60,22 +59,24 @@ pub struct Heads {
 impl Options {
     /// None: nothing is open, or it is llama.cpp's to choose: on a GPU, or where attention is of a
     /// kind that is not measured here.
-    pub fn of(model: &Model, config: &ContextConfig) -> Option<Options> {
+    pub fn of(
+        description: &Description,
+        config: &ContextConfig,
+        gpu_layers: u32,
+        free: Option<u64>,
+    ) -> Option<Options> {
         let is_open = config.flash_attn == FlashAttention::Auto || config.kv_type == KvType::Auto;
-        if !is_open || model.gpu_layers() > 0 {
+        if !is_open || gpu_layers > 0 {
             return None;
         }
-        let heads = Heads::of(model)?;
-        let n_ctx = match model.context_train_size() {
-            0 => config.n_ctx,
-            trained => config.n_ctx.min(trained),
-        };
+        let heads = Heads::of(description)?;
+        let n_ctx = trained(description, config.n_ctx);
+        let config = ContextConfig { n_ctx, ..config.clone() };
         let choices = ALL.into_iter().filter(|choice| {
-            let agrees = choice.agrees_with(config);
-            agrees && choice.fits(model, &ContextConfig { n_ctx, ..config.clone() }, heads)
+            choice.agrees_with(&config) && choice.fits(description, &config, heads, free)
         });
         let choices: Vec<Attention> = choices.collect();
-        let n_threads = threads_of(config);
+        let n_threads = threads_of(&config);
         (!choices.is_empty()).then(|| Options { heads, n_ctx: depth(n_ctx), n_threads, choices })
     }
 
@@ -92,15 +93,12 @@ impl Options {
 }
 
 impl Heads {
-    pub fn of(model: &Model) -> Option<Heads> {
-        let description = model.description();
-        let caps_scores =
-            || model.metadata().iter().any(|(key, _)| key.ends_with(".attn_logit_softcapping"));
+    pub fn of(description: &Description) -> Option<Heads> {
         let is_usual = description.n_head > 0
             && description.n_head_kv > 0
             && description.head_dim_k == description.head_dim_v
             && description.architecture != "grok"
-            && !caps_scores();
+            && !description.caps_scores;
         is_usual.then_some(Heads {
             dim: description.head_dim_k,
             count: description.n_head,
@@ -127,10 +125,17 @@ impl Attention {
     }
 
     /// Nobody gets fewer sequences, or runs out of memory, for the sake of a choice of ours.
-    fn fits(self, model: &Model, config: &ContextConfig, heads: Heads) -> bool {
+    fn fits(
+        self,
+        description: &Description,
+        config: &ContextConfig,
+        heads: Heads,
+        free: Option<u64>,
+    ) -> bool {
         let sequences = |kv_type| {
             let config = ContextConfig { kv_type, ..config.clone() };
-            Plan::new(model, &config).ok().map(|plan| plan.n_seq_max)
+            let plan = Plan::of(description, &config, free);
+            plan.check(&config, free).ok().map(|()| plan.n_seq_max)
         };
         let same_sequences =
             self.kv_type == config.kv_type || sequences(self.kv_type) == sequences(KvType::F16);
@@ -139,7 +144,7 @@ impl Attention {
         let scores = rows * cells * u64::from(heads.count) * 4;
         let has_room = config.flash_attn == self.flash_attn
             || self.flash_attn == FlashAttention::On
-            || memory::available_bytes().is_none_or(|free| scores <= free / SHARE_OF_FREE_MEMORY);
+            || free.is_none_or(|free| scores <= free / SHARE_OF_FREE_MEMORY);
         same_sequences && has_room
     }
 }

@@ -30,22 +30,23 @@ use crate::config::{ContextConfig, GenerationConfig, KvType, Overflow};
 use crate::constraint::Guide;
 use crate::error::{Error, Result};
 use crate::gguf::Description;
-use crate::hardware::cpu;
+use crate::hardware::{cpu, memory};
 use crate::log;
 use crate::model::Model;
 use message::{Command, Event, Exported, FinishReason, Outbox, Request};
 use metrics::{Meter, add};
-use plan::Plan;
 use prompt_cache::PromptCache;
 use runner::{Interrupt, Limits, LlamaRunner, Runner};
 use scheduler::Scheduler;
 use sequence::dropped_at_once;
 use state::Kind;
 
+pub use crate::ffi::MemoryUse;
 pub use attention::{ALL as ATTENTIONS, Attention, Heads, Options, Timing, measure};
 pub use budget::Budget;
 pub use metrics::{Distribution, Metrics, SlotView};
 pub use pace::Pace;
+pub use plan::Plan;
 pub use pool::Turn;
 pub use sampler::{Breakers, LlamaSampler, Sampler, dry_breakers, llama_samplers};
 pub use slots::Slots;
@@ -64,6 +65,7 @@ pub struct Context {
     limits: Limits,
     n_threads: u32,
     attention: Attention,
+    memory: Vec<MemoryUse>,
     queue_size: usize,
     state_kind: Option<Kind>,
     process: u32,
@@ -95,21 +97,25 @@ impl Context {
         check_generates(model.description())?;
         check_blocks(&model, config.kv_type)?;
         let mut config = config.clone();
-        let trained = model.context_train_size();
-        if trained > 0 && config.n_ctx > trained {
+        let n_ctx = trained(model.description(), config.n_ctx);
+        if config.n_ctx > n_ctx {
             let asked = config.n_ctx;
             let line =
-                format!("n_ctx={asked} is more than the model was trained with; using {trained}");
+                format!("n_ctx={asked} is more than the model was trained with; using {n_ctx}");
             log::note(log::Level::Warning, line);
-            config.n_ctx = trained;
+            config.n_ctx = n_ctx;
         }
-        if let Some(options) = Options::of(&model, &config) {
+        let free = memory::available_bytes();
+        let gpu_layers = model.gpu_layers();
+        if let Some(options) = Options::of(model.description(), &config, gpu_layers, free) {
             let Attention { flash_attn, kv_type } = options.built_in();
             config = ContextConfig { flash_attn, kv_type, ..config };
         } else if config.kv_type == KvType::Auto {
             config.kv_type = KvType::F16;
         }
-        let Plan { n_seq_max, prompt_cache_bytes } = Plan::new(&model, &config)?;
+        let plan = Plan::of(model.description(), &config, free);
+        plan.check(&config, free)?;
+        let Plan { n_seq_max, prompt_cache_bytes, .. } = plan;
         let n_threads = threads_of(&config);
         let interrupt = Interrupt::default();
         let weak = Arc::downgrade(&model);
@@ -118,11 +124,13 @@ impl Context {
         if config.warmup {
             runner.warm_up()?;
         }
+        let memory = runner.memory()?;
         let capacity = Capacity { queue_size: config.queue_size, prompt_cache_bytes };
         let mut context = Context::with_runner(runner, capacity, interrupt)?;
         context.model = weak;
         context.state_kind = Some(state_kind);
         context.n_threads = n_threads;
+        context.memory = memory;
         context.attention = Attention { flash_attn: config.flash_attn, kv_type: config.kv_type };
         Ok(context)
     }
@@ -157,6 +165,7 @@ impl Context {
             limits,
             n_threads: 1,
             attention: attention::ALL[0],
+            memory: Vec::new(),
             queue_size: capacity.queue_size,
             state_kind: None,
             process: std::process::id(),
@@ -260,6 +269,11 @@ impl Context {
     /// What it computes with. Flash attention may still be automatic: llama.cpp's to choose.
     pub fn attention(&self) -> Attention {
         self.attention
+    }
+
+    /// What llama.cpp allocated for it and for its model's weights, by kind of memory.
+    pub fn memory(&self) -> &[MemoryUse] {
+        &self.memory
     }
 
     pub fn model(&self) -> Result<Arc<Model>> {
@@ -529,7 +543,7 @@ impl Shared {
 
 /// q8_0 takes 32 numbers at a time; llama.cpp only says that there is no context.
 fn check_blocks(model: &Model, kv_type: KvType) -> Result<()> {
-    match Heads::of(model) {
+    match Heads::of(model.description()) {
         Some(heads) if kv_type == KvType::Q8_0 && heads.dim % 32 != 0 => {
             let allowed = format!("`auto`, `f16`, `bf16` or `f32` with heads of {}", heads.dim);
             Err(Error::invalid("kv_type", "q8_0", &allowed))
@@ -548,7 +562,15 @@ fn check_generates(description: &Description) -> Result<()> {
     Err(Error::UnsupportedModel { path: description.path.clone(), what: what.into() })
 }
 
-fn threads_of(config: &ContextConfig) -> u32 {
+/// Tokens of a sequence, at most what the model was trained with.
+pub fn trained(description: &Description, n_ctx: u32) -> u32 {
+    match description.n_ctx_train {
+        0 => n_ctx,
+        most => n_ctx.min(most),
+    }
+}
+
+pub fn threads_of(config: &ContextConfig) -> u32 {
     match config.n_threads {
         0 => cpu::default_threads() as u32,
         n => n.min(std::thread::available_parallelism().map_or(1, usize::from) as u32),

@@ -11,7 +11,7 @@ use super::pace::Pace;
 use super::pool::{Pool, Turn};
 use crate::config::{ContextConfig, FlashAttention, KvType};
 use crate::error::{Error, Result};
-use crate::ffi::{self, ContextParams, ShimContext};
+use crate::ffi::{self, ContextParams, MemoryUse, ShimContext};
 use crate::log;
 use crate::model::Model;
 
@@ -246,6 +246,12 @@ impl LlamaRunner {
             interrupt,
             model,
         })
+    }
+
+    /// What llama.cpp allocated for the context and for the weights.
+    pub fn memory(&self) -> Result<Vec<MemoryUse>> {
+        // SAFETY: the context is alive, and nobody else uses it.
+        unsafe { ffi::memory(self.context) }
     }
 
     /// The first decode allocates and touches what later ones reuse. One thread goes first: how long

@@ -30,14 +30,27 @@ pub(super) struct Hyper {
     pub head_dim_k: u32,
     pub head_dim_v: u32,
     pub ff: Vec<u32>,
+    /// Of all experts that a token goes through, together.
+    pub ff_experts: u32,
     pub n_experts: u32,
     pub is_embedding: bool,
+    /// What recurrent layers keep of a sequence.
+    pub state_bytes_per_sequence: u64,
 }
 
 impl Hyper {
     pub fn kv_values_per_token(&self) -> u64 {
+        self.kv_values().sum()
+    }
+
+    /// Keys plus values of one token, layer by layer.
+    pub fn kv_values(&self) -> impl Iterator<Item = u64> + '_ {
         let per_head = u64::from(self.head_dim_k) + u64::from(self.head_dim_v);
-        self.heads_kv.iter().map(|&heads| u64::from(heads) * per_head).sum()
+        self.heads_kv.iter().map(move |&heads| u64::from(heads) * per_head)
+    }
+
+    pub fn widest_ff(&self) -> u32 {
+        self.ff.iter().copied().max().unwrap_or(0).max(self.ff_experts)
     }
 }
 
@@ -67,9 +80,46 @@ pub(super) fn check(architecture: &Architecture, keys: &Keys) -> Check<Hyper> {
         head_dim_k: heads.dim_k,
         head_dim_v: heads.dim_v,
         ff: ff.unwrap_or_else(|| vec![0; n_layers as usize]),
+        ff_experts: ff_experts(architecture, keys, n_layers)?,
         n_experts,
         is_embedding: pooling != 0 || !is_causal || architecture.is_encoder,
+        state_bytes_per_sequence: state_bytes(architecture, keys, n_layers, n_embd)?,
     })
+}
+
+fn ff_experts(architecture: &Architecture, keys: &Keys, n_layers: u32) -> Check<u32> {
+    let all = |name: &str| {
+        let values = keys.per_layer(&architecture.key(name), n_layers, MAX_FF)?;
+        Check::Ok(values.and_then(|values| values.into_iter().max()).unwrap_or(0))
+    };
+    let used = all("expert_used_count")?;
+    Ok(all("expert_feed_forward_length")?.saturating_mul(used))
+}
+
+/// The convolution's window and the state of each recurrent layer in f32, as llama.cpp keeps them
+/// (`n_embd_r`, `n_embd_s`). In a hybrid every layer is counted, also those that have attention
+/// instead: which they are is in no key that all architectures share.
+fn state_bytes(architecture: &Architecture, keys: &Keys, n_layers: u32, n_embd: u32) -> Check<u64> {
+    if !architecture.is_recurrent && !architecture.is_hybrid {
+        return Ok(0);
+    }
+    // Far above any model, and small enough that no product below leaves 64 bits.
+    let number = |name: &str| {
+        let value = keys.u32(&architecture.key(name))?.unwrap_or(0);
+        Check::Ok(u64::from(value.min(MAX_EMBD)))
+    };
+    let (inner, state) = (number("ssm.inner_size")?, number("ssm.state_size")?);
+    let window = number("ssm.conv_kernel")?.saturating_sub(1);
+    let groups = number("ssm.group_count")?;
+    let mamba = window * (inner + 2 * groups * state) + inner * state;
+    let n_embd = u64::from(n_embd);
+    let shifted = number("token_shift_count")?.max(2);
+    let rwkv = match number("wkv.head_size")? {
+        0 => 0,
+        head => n_embd * (shifted + head),
+    };
+    let short = n_embd * number("shortconv.l_cache")?.saturating_sub(1);
+    Ok(u64::from(n_layers) * (mamba + rwkv + short).min(1 << 40) * 4)
 }
 
 struct Heads {

@@ -14,8 +14,10 @@
 //! tokenizer vocabulary, special tokens, pre-tokenizer
 //! weights   names, shapes and types of the tensors
 //! shards    the other files of a split model
+//! parts     how much of the weights belongs to which layer
 //! ```
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::error::Result;
@@ -26,6 +28,7 @@ mod foreign;
 mod header;
 mod hyper;
 mod keys;
+mod parts;
 mod reader;
 mod shards;
 mod tokenizer;
@@ -33,6 +36,7 @@ mod types;
 mod weights;
 
 pub use tokenizer::is_stack_safe as check_tokenizer_is_stack_safe;
+pub use types::weight_types;
 
 use arch::Architecture;
 use fault::{Check, Fault};
@@ -75,8 +79,38 @@ pub struct Description {
     /// Has no attention cache at all (mamba, rwkv), or a state beside it (jamba, lfm2, …).
     pub is_recurrent: bool,
     pub n_experts: u32,
+    /// Numbers between the two halves of the widest feed-forward part, for one token.
+    pub n_ff: u32,
+    pub n_merges: u32,
+    /// Attention scores are capped before softmax.
+    pub caps_scores: bool,
     /// Keys plus values of one token over all layers, in numbers, not bytes.
     pub kv_values_per_token: u64,
+    /// What recurrent layers keep of a sequence, however long it is.
+    pub state_bytes_per_sequence: u64,
+    pub parts: Parts,
+}
+
+/// What a model consists of, by where llama.cpp puts it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Parts {
+    /// The embedding of tokens; it always stays in main memory.
+    pub input: Part,
+    pub layers: Vec<Part>,
+    /// What follows the last layer, and goes to a GPU first.
+    pub output: Part,
+    /// Of the output, those bytes that are the embedding's once more: in the file they are one, and in
+    /// memory, too, while both are on the CPU in the file's layout.
+    pub shared_bytes: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Part {
+    pub bytes: u64,
+    /// Of them, those in matrices that can be laid out anew for a CPU, by the type of their numbers.
+    pub matrices: BTreeMap<&'static str, u64>,
+    /// Keys plus values of one token, in numbers.
+    pub kv_values: u64,
 }
 
 impl Description {
@@ -111,6 +145,7 @@ fn look_at(path: &Path, needs_weights: bool) -> Check<Description> {
     let tokenizer = tokenizer::check(&architecture, &first.keys)?;
     weights::check(&architecture, &first, &hyper, &tokenizer)?;
     let template = first.keys.text("tokenizer.chat_template")?.map(str::to_owned);
+    let caps_scores = first.keys.has(&architecture.key("attn_logit_softcapping"));
     Ok(Description {
         path: path.into(),
         size_bytes: shards.size_bytes,
@@ -136,7 +171,12 @@ fn look_at(path: &Path, needs_weights: bool) -> Check<Description> {
         is_embedding: hyper.is_embedding,
         is_recurrent: architecture.is_recurrent || architecture.is_hybrid,
         n_experts: hyper.n_experts,
+        n_ff: hyper.widest_ff(),
+        n_merges: first.keys.strings("tokenizer.ggml.merges")?.map_or(0, |all| all.len() as u32),
+        caps_scores,
         kv_values_per_token: hyper.kv_values_per_token(),
+        state_bytes_per_sequence: hyper.state_bytes_per_sequence,
+        parts: parts::of(&first, &hyper),
     })
 }
 
@@ -172,6 +212,11 @@ fn describe_vocabulary(
         is_embedding: architecture.is_encoder,
         is_recurrent: false,
         n_experts: 0,
+        n_ff: 0,
+        n_merges: 0,
+        caps_scores: false,
         kv_values_per_token: 0,
+        state_bytes_per_sequence: 0,
+        parts: Parts::default(),
     })
 }

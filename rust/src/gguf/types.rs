@@ -79,6 +79,11 @@ const REMOVED: [(u32, &str); 8] = [
     (38, "IQ4_NL_8_8"),
 ];
 
+/// Numbers and names of the types that can be multiplied with.
+pub fn weight_types() -> impl Iterator<Item = (u32, &'static str)> {
+    TYPES.iter().filter(|kind| kind.is_weight).map(|kind| (kind.number, kind.name))
+}
+
 pub(super) fn tensor_type(number: u32, tensor: &str) -> Check<&'static TensorType> {
     if let Some(kind) = TYPES.iter().find(|kind| kind.number == number) {
         return Ok(kind);

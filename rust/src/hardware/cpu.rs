@@ -58,6 +58,16 @@ pub fn usable_cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// The processors that this process may run on; None where nobody tells.
+pub fn allowed_processors() -> Option<Vec<usize>> {
+    os::allowed_processors()
+}
+
+/// How many processors' time a cgroup allows this process; None without a quota.
+pub fn quota() -> Option<f64> {
+    os::quota()
+}
+
 #[cfg(target_arch = "x86_64")]
 fn identify() -> Result<CpuId> {
     Ok(super::cpuid::read())
@@ -72,8 +82,9 @@ fn identify() -> Result<CpuId> {
 mod os {
     use std::collections::HashSet;
     use std::fs::read_to_string;
+    use std::path::Path;
 
-    use crate::hardware::cpuinfo;
+    use crate::hardware::{cgroup, cpuinfo};
 
     /// Processors online, and cores that this process may use.
     pub fn cores() -> (usize, usize) {
@@ -95,10 +106,15 @@ mod os {
         (logical, physical.max(1))
     }
 
-    fn allowed_processors() -> Option<Vec<usize>> {
+    pub fn allowed_processors() -> Option<Vec<usize>> {
         let status = read_to_string("/proc/self/status").ok()?;
         let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
         cpuinfo::parse_cpu_list(line)
+    }
+
+    pub fn quota() -> Option<f64> {
+        let groups = read_to_string("/proc/self/cgroup").ok()?;
+        cgroup::cpu_quota(&groups, Path::new("/sys/fs/cgroup"))
     }
 
     /// Processors of one core name the same siblings. Surer than core ids, which begin anew in
@@ -133,6 +149,14 @@ mod os {
             new: *mut c_void,
             new_length: usize,
         ) -> c_int;
+    }
+
+    pub fn allowed_processors() -> Option<Vec<usize>> {
+        None
+    }
+
+    pub fn quota() -> Option<f64> {
+        None
     }
 
     /// macOS has no affinity masks: all cores are ours.
@@ -181,6 +205,14 @@ mod os {
 
 #[cfg(not(any(target_os = "linux", target_os = "macos")))]
 mod os {
+    pub fn allowed_processors() -> Option<Vec<usize>> {
+        None
+    }
+
+    pub fn quota() -> Option<f64> {
+        None
+    }
+
     pub fn cores() -> (usize, usize) {
         let logical = super::usable_cores();
         (logical, (logical / 2).max(1))

@@ -17,28 +17,33 @@ pub fn available_bytes() -> Option<u64> {
     os::available_bytes()
 }
 
+/// All the main memory of this machine.
+pub fn total_bytes() -> Option<u64> {
+    os::total_bytes()
+}
+
+/// The tightest limit that a cgroup around this process sets; None without one.
+pub fn limit_bytes() -> Option<u64> {
+    os::limit_bytes()
+}
+
 /// A line like `VmRSS:  1752 kB` of `/proc/self/status` or `/proc/meminfo`, in bytes.
 pub fn parse_kib(text: &str, key: &str) -> Option<u64> {
     let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The memory group's path in `/proc/self/cgroup`, and whether it is of version 1.
-pub fn parse_memory_group(text: &str) -> Option<(&str, bool)> {
-    let groups = || text.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'));
-    let version_1 = groups().find(|(kinds, _)| kinds.split(',').any(|kind| kind == "memory"));
-    let version_2 = || groups().find(|(kinds, _)| kinds.is_empty());
-    version_1.map(|(_, path)| (path, true)).or_else(|| version_2().map(|(_, path)| (path, false)))
+/// What a cgroup's limit says; None without one.
+pub fn group_limit(text: &str) -> Option<u64> {
+    let limit: u64 = text.trim().parse().ok()?; // `max` in version 2
+    // Version 1 writes "no limit" as the largest multiple of the page size.
+    (limit < 1 << 62).then_some(limit)
 }
 
 /// What one cgroup still allows; None without a limit. `inactive_file` is cache that the kernel
 /// drops first: it counts as used there, but not for us.
 pub fn group_allows(limit: &str, usage: &str, stat: &str, inactive_file: &str) -> Option<u64> {
-    let limit: u64 = limit.trim().parse().ok()?; // `max` in version 2
-    // Version 1 writes "no limit" as the largest multiple of the page size.
-    if limit >= 1 << 62 {
-        return None;
-    }
+    let limit = group_limit(limit)?;
     let usage: u64 = usage.trim().parse().ok()?;
     let value = |line: &str| line.strip_prefix(inactive_file)?.trim().parse().ok();
     let droppable: u64 = stat.lines().find_map(value).unwrap_or(0);
@@ -48,7 +53,11 @@ pub fn group_allows(limit: &str, usage: &str, stat: &str, inactive_file: &str) -
 #[cfg(target_os = "linux")]
 mod os {
     use std::fs::read_to_string;
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
+
+    use crate::hardware::cgroup;
+
+    const CGROUPS: &str = "/sys/fs/cgroup";
 
     pub fn resident_bytes() -> Option<u64> {
         super::parse_kib(&read_to_string("/proc/self/status").ok()?, "VmRSS")
@@ -59,25 +68,45 @@ mod os {
     }
 
     pub fn available_bytes() -> Option<u64> {
-        let meminfo = read_to_string("/proc/meminfo").ok();
-        let machine = meminfo.and_then(|text| super::parse_kib(&text, "MemAvailable"));
-        let groups = read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let group = group_available(&groups, Path::new("/sys/fs/cgroup"));
-        [machine, group].into_iter().flatten().min()
+        let group = group_available(&groups(), Path::new(CGROUPS));
+        [meminfo("MemAvailable"), group].into_iter().flatten().min()
     }
 
-    /// The tightest of our cgroup and those around it: a limit further up holds here as well.
+    pub fn total_bytes() -> Option<u64> {
+        meminfo("MemTotal")
+    }
+
+    pub fn limit_bytes() -> Option<u64> {
+        group_limit(&groups(), Path::new(CGROUPS))
+    }
+
+    /// The tightest of our cgroup and those around it.
     pub fn group_available(groups: &str, mount: &Path) -> Option<u64> {
-        let (path, is_version_1) = super::parse_memory_group(groups)?;
-        let root = if is_version_1 { mount.join("memory") } else { mount.into() };
-        let files = match is_version_1 {
+        let (folders, is_version_1) = cgroup::folders(groups, mount, "memory");
+        let files = files(is_version_1);
+        folders.iter().filter_map(|folder| in_group(folder, files)).min()
+    }
+
+    pub fn group_limit(groups: &str, mount: &Path) -> Option<u64> {
+        let (folders, is_version_1) = cgroup::folders(groups, mount, "memory");
+        let [limit, ..] = files(is_version_1);
+        let read = |folder: &PathBuf| read_to_string(folder.join(limit)).ok();
+        folders.iter().filter_map(|folder| super::group_limit(&read(folder)?)).min()
+    }
+
+    fn meminfo(key: &str) -> Option<u64> {
+        super::parse_kib(&read_to_string("/proc/meminfo").ok()?, key)
+    }
+
+    fn groups() -> String {
+        read_to_string("/proc/self/cgroup").unwrap_or_default()
+    }
+
+    fn files(is_version_1: bool) -> [&'static str; 3] {
+        match is_version_1 {
             true => ["memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "],
             false => ["memory.max", "memory.current", "inactive_file "],
-        };
-        // In a container the path may be the host's; only its root is then to be found here.
-        let group = root.join(path.trim_start_matches('/'));
-        let around = group.ancestors().take_while(|folder| folder.starts_with(&root));
-        around.filter_map(|folder| in_group(folder, files)).min()
+        }
     }
 
     fn in_group(folder: &Path, [limit, usage, inactive_file]: [&str; 3]) -> Option<u64> {
@@ -100,6 +129,14 @@ mod os {
     pub fn available_bytes() -> Option<u64> {
         None
     }
+
+    pub fn total_bytes() -> Option<u64> {
+        None
+    }
+
+    pub fn limit_bytes() -> Option<u64> {
+        None
+    }
 }
 
 #[cfg(test)]
@@ -115,18 +152,6 @@ mod tests {
         assert_eq!(parse_kib("VmRSS: many kB", "VmRSS"), None);
         assert_eq!(parse_kib("VmRSS: 18446744073709551615 kB", "VmRSS"), None);
         assert_eq!(parse_kib("", "VmRSS"), None);
-    }
-
-    #[test]
-    fn the_memory_group_is_found_in_both_versions() {
-        let hybrid = "4:cpu,cpuacct:/a\n3:memory:/docker/b:c\n1:name=systemd:/\n0::/d\n";
-        assert_eq!(parse_memory_group(hybrid), Some(("/docker/b:c", true)));
-        assert_eq!(
-            parse_memory_group("0::/user.slice/x.scope\n"),
-            Some(("/user.slice/x.scope", false))
-        );
-        assert_eq!(parse_memory_group("4:cpu:/\n"), None);
-        assert_eq!(parse_memory_group("nonsense"), None);
     }
 
     #[test]
@@ -161,6 +186,8 @@ mod tests {
         assert_eq!(available("0::/outer/inner\n"), Some(600));
         assert_eq!(available("0::/\n"), None);
         assert_eq!(available("7:memory:/the/hosts/own/path\n0::/\n"), Some(150));
+        assert_eq!(os::group_limit("0::/outer/inner\n", &mount), Some(1000));
+        assert_eq!(os::group_limit("0::/\n", &mount), None);
         std::fs::remove_dir_all(&mount).unwrap();
     }
 
@@ -171,5 +198,6 @@ mod tests {
         let private = private_bytes().unwrap();
         assert!(0 < private && private < resident, "{private} of {resident}");
         assert!(available_bytes().unwrap() > 0);
+        assert!(available_bytes().unwrap() < total_bytes().unwrap());
     }
 }

@@ -19,16 +19,17 @@ use crate::{ffi, gguf, log};
 
 pub(super) fn load(
     mut config: ModelConfig,
+    inspected: Option<gguf::Description>,
     mut progress: impl FnMut(f32) -> bool + 'static,
 ) -> Result<Arc<Model>> {
-    config.context.validate()?;
+    config.validate()?;
     if config.path.to_str().is_none() {
         let shown = config.path.display();
         return Err(Error::invalid("model_path", shown, "a path of Unicode characters"));
     }
     start::backend()?;
     let inspect = if config.vocab_only { gguf::inspect_vocabulary } else { gguf::inspect };
-    let description = inspect(&config.path)?;
+    let description = inspected.map_or_else(|| inspect(&config.path), Ok)?;
     if config.mlock || !config.mmap {
         check_memory(&description)?;
     }
@@ -86,9 +87,19 @@ fn read(
     let path = CString::new(config.path.to_str()?).ok()?;
     let mut hear = hear;
     // SAFETY: it has no preconditions.
+    let mut split = vec![0.0f32; unsafe { sys::llama_max_devices() }];
+    for (share, given) in split.iter_mut().zip(&config.tensor_split) {
+        *share = *given;
+    }
+    // A list that is empty, so that what stays on the CPU does not need a GPU's memory at all.
+    let mut no_devices = [std::ptr::null_mut()];
+    // SAFETY: it has no preconditions.
     let mut params = unsafe { sys::llama_model_default_params() };
     params.n_gpu_layers = config.gpu_layers;
     params.main_gpu = config.main_gpu;
+    if !config.tensor_split.is_empty() {
+        params.tensor_split = split.as_ptr();
+    }
     params.vocab_only = config.vocab_only;
     params.use_extra_bufts = repack;
     params.load_mode = match (config.mmap, config.mlock) {
@@ -102,6 +113,10 @@ fn read(
         SplitMode::Layer => sys::LLAMA_SPLIT_MODE_LAYER,
         SplitMode::Row => sys::LLAMA_SPLIT_MODE_ROW,
     };
+    if config.gpu_layers == 0 {
+        params.devices = no_devices.as_mut_ptr();
+        params.split_mode = sys::LLAMA_SPLIT_MODE_LAYER; // another one would look for the main GPU
+    }
     params.progress_callback = Some(heard);
     params.progress_callback_user_data = std::ptr::from_mut(&mut hear).cast();
     // SAFETY: the backend has started, and what the parameters point to outlives the call.
@@ -124,8 +139,18 @@ unsafe extern "C" fn heard(fraction: f32, hear: *mut c_void) -> bool {
 /// loading copies nothing, and processes share the file's memory. AMX has a layout of its own, which
 /// nothing was measured against.
 fn repack_pays(description: &gguf::Description) -> bool {
-    let tiled_is_fast = ffi::cpu_has(c"AVX512_VNNI") && !ffi::cpu_has(c"AMX_INT8");
-    !(tiled_is_fast && description.quantization.contains("_K"))
+    !(k_quants_stay() && description.quantization.contains("_K"))
+}
+
+/// See `repack_pays`.
+pub fn k_quants_stay() -> bool {
+    ffi::cpu_has(c"AVX512_VNNI") && !ffi::cpu_has(c"AMX_INT8")
+}
+
+/// The types of weights that are laid out anew for the CPU, and into how many bytes each byte of them.
+pub fn relaid_types() -> Vec<(&'static str, f64)> {
+    let relaid = |(number, name)| Some((name, ffi::relaid(number)?));
+    gguf::weight_types().filter_map(relaid).collect()
 }
 
 /// How many layers will lie on a GPU; the output layer counts as one.

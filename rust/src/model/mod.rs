@@ -15,7 +15,8 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::gguf::Description;
 
-pub use start::{backend_devices, probe, start};
+pub use load::{k_quants_stay, relaid_types};
+pub use start::{Device, backend_devices, probe, start};
 pub use tokenizer::Vocabulary;
 
 pub struct Model {
@@ -45,7 +46,20 @@ impl Model {
         config: ModelConfig,
         progress: impl FnMut(f32) -> bool + 'static,
     ) -> Result<Arc<Model>> {
-        load::load(config, progress)
+        load::load(config, None, progress)
+    }
+
+    /// The same of a file whose header was just read: with a large vocabulary that takes a while.
+    pub fn load_inspected(
+        config: ModelConfig,
+        inspected: Description,
+        progress: impl FnMut(f32) -> bool + 'static,
+    ) -> Result<Arc<Model>> {
+        load::load(
+            ModelConfig { path: inspected.path.clone(), ..config },
+            Some(inspected),
+            progress,
+        )
     }
 
     /// A context with the settings of the model's own configuration.

@@ -1,10 +1,11 @@
 //! llama.cpp's backend: one CPU module, loaded by path, once per process and never unloaded.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use llama_cpp_2::llama_backend::LlamaBackend;
+use llama_cpp_sys_2 as sys;
 
 use crate::error::{Error, Result};
 use crate::hardware::modules;
@@ -13,11 +14,17 @@ use crate::{ffi, log};
 static BACKEND: OnceLock<LlamaBackend> = OnceLock::new();
 static STARTING: Mutex<()> = Mutex::new(());
 
+/// One that llama.cpp can compute on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
+    /// `CPU`, `CUDA0`, …
     pub name: String,
     pub description: String,
     pub is_gpu: bool,
+    /// Its place on the bus, `0000:c1:00.0`, where it has one.
+    pub pci_id: Option<String>,
+    /// What can be allocated on it, all and now; None where llama.cpp does not know.
+    pub memory: Option<(u64, u64)>,
 }
 
 /// Loads the CPU module called `module` from `folder` and starts llama.cpp. Later calls do nothing.
@@ -43,15 +50,35 @@ pub fn probe(folder: &Path, module: &str) -> Result<()> {
     ffi::probe_cpu()
 }
 
+/// What llama.cpp can compute on, in its own order. It must have started; else there is nothing.
 pub fn backend_devices() -> Vec<Device> {
-    use llama_cpp_2::LlamaBackendDeviceType::{Gpu, IntegratedGpu};
-    let devices = llama_cpp_2::list_llama_ggml_backend_devices();
-    let plain = |device: llama_cpp_2::LlamaBackendDevice| Device {
-        is_gpu: matches!(device.device_type, Gpu | IntegratedGpu),
-        name: device.name,
-        description: device.description,
+    // SAFETY: it only counts what is registered.
+    let count = if BACKEND.get().is_some() { unsafe { sys::ggml_backend_dev_count() } } else { 0 };
+    (0..count).map(device).collect()
+}
+
+fn device(index: usize) -> Device {
+    // SAFETY: the index is below the count, the properties are plain numbers and pointers, which may be
+    // zero, and its texts live as long as the device, which is never unregistered.
+    let found = unsafe {
+        let mut found: sys::ggml_backend_dev_props = std::mem::zeroed();
+        sys::ggml_backend_dev_get_props(sys::ggml_backend_dev_get(index), &mut found);
+        found
     };
-    devices.into_iter().map(plain).collect()
+    let text = |text: *const std::ffi::c_char| {
+        // SAFETY: NULL, or zero-terminated.
+        (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+    };
+    let (total, free) = (found.memory_total as u64, found.memory_free as u64);
+    let kind = found.type_;
+    Device {
+        name: text(found.name).unwrap_or_default(),
+        description: text(found.description).unwrap_or_default(),
+        is_gpu: kind == sys::GGML_BACKEND_DEVICE_TYPE_GPU
+            || kind == sys::GGML_BACKEND_DEVICE_TYPE_IGPU,
+        pci_id: text(found.device_id),
+        memory: (total > 0).then_some((total, free)),
+    }
 }
 
 pub(super) fn backend() -> Result<&'static LlamaBackend> {

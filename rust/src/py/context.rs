@@ -10,7 +10,7 @@ use super::error::exception;
 use crate::context::Context;
 use crate::context::message::{Event, Logprob};
 
-#[pyclass(frozen, module = "tabagent_model._core")]
+#[pyclass(frozen, weakref, module = "tabagent_model._core")]
 pub struct PyContext {
     context: Arc<Context>,
 }
@@ -168,6 +168,11 @@ impl PyContext {
 
     fn metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         convert::metrics(py, &self.context.metrics())
+    }
+
+    /// One dictionary for each kind of memory.
+    fn memory<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+        self.context.memory().iter().map(|found| convert::memory(py, found)).collect()
     }
 
     /// One dictionary for each slot.

@@ -12,7 +12,7 @@ use super::error::exception;
 use super::hook;
 use crate::config::{Constraint, GenerationConfig, Overflow, Priority, Syntax, Trigger};
 use crate::context::message::Stats;
-use crate::context::{Distribution, Metrics, Prompt, SlotView};
+use crate::context::{Attention, Distribution, MemoryUse, Metrics, Prompt, SlotView};
 use crate::error::{Error, Result};
 use crate::gguf::Description;
 use crate::log::Level;
@@ -414,6 +414,21 @@ pub(super) fn description<'py>(
     values.set_item("has_chat_template", found.has_chat_template)?;
     values.set_item("is_embedding", found.is_embedding)?;
     values.set_item("kv_bytes_per_token", found.kv_bytes_per_token())?;
+    Ok(values)
+}
+
+pub(super) fn attention(choice: Attention) -> (&'static str, &'static str) {
+    (choice.flash_attn.name(), choice.kv_type.name())
+}
+
+pub(super) fn memory<'py>(py: Python<'py>, found: &MemoryUse) -> PyResult<Bound<'py, PyDict>> {
+    let values = PyDict::new(py);
+    values.set_item("device", &found.device)?;
+    values.set_item("in_ram", found.in_ram)?;
+    values.set_item("is_mapped", found.is_mapped)?;
+    values.set_item("weights", found.weights)?;
+    values.set_item("context", found.context)?;
+    values.set_item("compute", found.compute)?;
     Ok(values)
 }
 

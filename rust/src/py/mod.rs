@@ -4,6 +4,8 @@ mod chat;
 mod context;
 mod convert;
 mod error;
+mod file;
+mod hardware;
 mod hook;
 mod model;
 
@@ -14,7 +16,6 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::context::{Heads, measure};
-use crate::hardware::{self, cpu, memory, modules};
 use crate::{ffi, gguf, log, model as core};
 use convert::guarded;
 
@@ -25,13 +26,18 @@ mod _core {
     #[pymodule_export]
     use super::context::{PyContext, PyEvent};
     #[pymodule_export]
+    use super::file::ModelFile;
+    #[pymodule_export]
+    use super::hardware::{
+        cpu_modules, detect_cpu, detect_gpus, get_cpu_variant, get_optimal_binary, list_devices,
+        memory_info, probe_cpu_module, process_rss_mb, weight_layouts,
+    };
+    #[pymodule_export]
     use super::model::PyModel;
     use super::*;
     #[pymodule_export]
     use super::{
-        cpu_modules, detect_cpu, get_cpu_variant, get_optimal_binary, inject, inspect_gguf,
-        keep_last_line, measure_attention, probe_cpu_module, process_rss_mb, put_log, start,
-        stop_log, take_log,
+        inject, inspect_gguf, keep_last_line, measure_attention, put_log, start, stop_log, take_log,
     };
 
     #[pymodule_init]
@@ -51,17 +57,6 @@ fn inspect_gguf(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>> {
 #[pyfunction]
 fn start(py: Python<'_>, folder: &str, module: &str) -> PyResult<()> {
     guarded(py, || core::start(Path::new(folder), module))
-}
-
-#[pyfunction]
-fn cpu_modules(py: Python<'_>, folder: &str) -> PyResult<Vec<(String, i32)>> {
-    let found = guarded(py, || modules::usable_modules(Path::new(folder)))?;
-    Ok(found.into_iter().map(|module| (module.name, module.score)).collect())
-}
-
-#[pyfunction]
-fn probe_cpu_module(py: Python<'_>, folder: &str, module: &str) -> PyResult<()> {
-    guarded(py, || core::probe(Path::new(folder), module))
 }
 
 /// Microseconds of one layer for a token of a prompt and for one of the answer, by choice.
@@ -108,49 +103,6 @@ fn keep_last_line(descriptor: i32) -> PyResult<()> {
 #[pyfunction]
 fn stop_log() {
     log::stop();
-}
-
-#[pyfunction]
-fn get_cpu_variant(py: Python<'_>) -> PyResult<&'static str> {
-    guarded(py, || Ok(hardware::variant_name(&cpu::detect()?.id)))
-}
-
-#[pyfunction]
-#[pyo3(signature = (binary_name=None, *, base_path="BitNet/Release", platform=None, must_exist=false))]
-fn get_optimal_binary(
-    py: Python<'_>,
-    binary_name: Option<&str>,
-    base_path: &str,
-    platform: Option<&str>,
-    must_exist: bool,
-) -> PyResult<String> {
-    let found = guarded(py, || {
-        let variant = hardware::variant_name(&cpu::detect()?.id);
-        let base = Path::new(base_path);
-        hardware::get_optimal_binary(base, platform, binary_name, variant, must_exist)
-    })?;
-    Ok(found.to_string_lossy().into_owned())
-}
-
-#[pyfunction]
-fn detect_cpu(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
-    let cpu = guarded(py, cpu::detect)?;
-    let facts = PyDict::new(py);
-    facts.set_item("vendor", cpu.id.vendor)?;
-    facts.set_item("brand", cpu.id.brand)?;
-    facts.set_item("family", cpu.id.family)?;
-    facts.set_item("model", cpu.id.model)?;
-    facts.set_item("stepping", cpu.id.stepping)?;
-    facts.set_item("logical_cores", cpu.logical_cores)?;
-    facts.set_item("physical_cores", cpu.physical_cores)?;
-    facts.set_item("usable_cores", cpu.usable_cores)?;
-    facts.set_item("features", cpu.id.features)?;
-    Ok(facts)
-}
-
-#[pyfunction]
-fn process_rss_mb() -> Option<f64> {
-    memory::resident_bytes().map(convert::mib)
 }
 
 /// For tests of the border.

@@ -11,6 +11,7 @@ use super::chat::ChatPrompt;
 use super::context::PyContext;
 use super::convert::{self, guarded};
 use super::error::exception;
+use super::file::ModelFile;
 use crate::chat::Chat;
 use crate::config::{ContextConfig, FlashAttention, KvType, ModelConfig, SplitMode};
 use crate::context::{Attention, Heads, Options};
@@ -18,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::hardware::memory;
 use crate::model::{Model, backend_devices, return_free_memory};
 
-#[pyclass(frozen, module = "tabagent_model._core")]
+#[pyclass(frozen, weakref, module = "tabagent_model._core")]
 #[derive(Default)]
 pub struct PyModel {
     model: Mutex<Option<Arc<Model>>>,
@@ -36,7 +37,7 @@ impl PyModel {
 
     #[pyo3(signature = (model_path=None, *, dll_path=None, gpu_layers=0, mlock=false, mmap=true,
         main_gpu=0, vocab_only=false, split_mode="layer", progress=None, library_path=None,
-        n_gpu_layers=None, use_mlock=None, repack=None))]
+        n_gpu_layers=None, use_mlock=None, repack=None, tensor_split=None, file=None))]
     #[allow(clippy::too_many_arguments)] // the seed's signature
     fn load(
         &self,
@@ -54,6 +55,8 @@ impl PyModel {
         n_gpu_layers: Option<i32>,
         use_mlock: Option<bool>,
         repack: Option<bool>,
+        tensor_split: Option<Vec<f32>>,
+        file: Option<&Bound<'_, ModelFile>>,
     ) -> PyResult<()> {
         if dll_path.is_some() || library_path.is_some() {
             let message =
@@ -61,20 +64,18 @@ impl PyModel {
             PyErr::warn(py, &py.get_type::<PyDeprecationWarning>(), message, 1)?;
         }
         py.import("tabagent_model._native")?.call_method0("start")?;
-        let gpu_layers = n_gpu_layers.unwrap_or(gpu_layers);
-        if gpu_layers < -1 {
-            return Err(exception(&Error::invalid("gpu_layers", gpu_layers, "-1 (all) or more")));
-        }
         let config = ModelConfig {
-            gpu_layers,
+            gpu_layers: n_gpu_layers.unwrap_or(gpu_layers),
             main_gpu,
             mmap,
             mlock: use_mlock.unwrap_or(mlock),
             vocab_only,
             split_mode: self::split_mode(split_mode)?,
+            tensor_split: tensor_split.unwrap_or_default(),
             repack,
             ..guarded(py, move || ModelConfig::new(model_path_of(model_path)?))?
         };
+        config.validate().map_err(|error| exception(&error))?;
         self.drop_model(py); // the old one's memory is free before the new one needs its own
         let raised: Arc<Mutex<Option<PyErr>>> = Arc::default();
         let slot = raised.clone();
@@ -85,7 +86,11 @@ impl PyModel {
                 false
             }
         };
-        let loaded = guarded(py, || Model::load_with(config, tell));
+        let inspected = file.map(|file| file.get().description.clone());
+        let loaded = guarded(py, || match inspected {
+            Some(inspected) => Model::load_inspected(config, inspected, tell),
+            None => Model::load_with(config, tell),
+        });
         if let Some(error) = lock(&raised).take() {
             return Err(error);
         }
@@ -362,7 +367,7 @@ fn said_go_on(progress: Option<&Py<PyAny>>, fraction: f32) -> PyResult<bool> {
 /// Settles what the config leaves open about attention, from what was measured on this machine.
 fn tuned(py: Python<'_>, model: &Arc<Model>, config: ContextConfig) -> PyResult<ContextConfig> {
     config.validate().map_err(|error| exception(&error))?;
-    let Some(options) = guarded(py, || Ok(Options::of(model, &config)))? else {
+    let Some(options) = guarded(py, || Ok(options(model, &config)))? else {
         return Ok(config);
     };
     let names = |choice: Attention| (choice.flash_attn.name(), choice.kv_type.name());
@@ -378,6 +383,34 @@ fn tuned(py: Python<'_>, model: &Arc<Model>, config: ContextConfig) -> PyResult<
         kv_type: self::kv_type(&kv_type)?,
         ..config
     })
+}
+
+/// Settings of a context by the names of `create_context`.
+pub(super) fn context_config(settings: &Bound<'_, PyDict>) -> PyResult<ContextConfig> {
+    let mut config = ContextConfig::default();
+    for (name, value) in settings.iter() {
+        let name: String = name.extract()?;
+        match name.as_str() {
+            "n_ctx" => config.n_ctx = convert::fitted(&name, value.extract()?)?,
+            "n_batch" => config.n_batch = convert::fitted(&name, value.extract()?)?,
+            "n_threads" => config.n_threads = convert::fitted(&name, value.extract()?)?,
+            "n_seq_max" => config.n_seq_max = convert::fitted(&name, value.extract()?)?,
+            "prompt_cache_mb" => config.prompt_cache_mb = value.extract()?,
+            "flash_attn" => config.flash_attn = flash_attn(&value.extract::<String>()?)?,
+            "kv_type" => config.kv_type = kv_type(&value.extract::<String>()?)?,
+            _ => {
+                let known = "a setting of `create_context`";
+                return Err(exception(&Error::invalid("settings", name, known)));
+            }
+        }
+    }
+    config.validate().map_err(|error| exception(&error))?;
+    Ok(config)
+}
+
+fn options(model: &Model, config: &ContextConfig) -> Option<Options> {
+    let free = memory::available_bytes();
+    Options::of(model.description(), config, model.gpu_layers(), free)
 }
 
 fn model_path_of(path: Option<PathBuf>) -> Result<PathBuf> {

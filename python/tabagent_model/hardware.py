@@ -1,0 +1,339 @@
+"""What this machine has: its processor, its memory, its GPUs; and a budget of one of them.
+
+```python
+from tabagent_model import hardware
+
+machine = hardware.detect()
+print(machine.cpu.threads, machine.memory.available, [gpu.name for gpu in machine.gpus])
+```
+
+A `Machine` is plain data. It can be written down (`to_dict`), made up (`from_dict`), and given to
+everything that decides by it. What nobody tells is None, never 0: a 0 that means "unknown" lets
+every memory check pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from . import _native
+from .errors import HardwareError, InvalidRequestError, OutOfMemoryError
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Cpu:
+    name: str = ""
+    logical_cores: int = 1
+    physical_cores: int = 1
+    """Cores among the processors this process may run on."""
+    usable_cores: int = 1
+    """Processors this process may keep busy: within its affinity mask and its cgroup's quota."""
+    affinity: int | None = None
+    """Processors in the affinity mask."""
+    quota: float | None = None
+    """How many processors' time the cgroup allows; 1.5 for instance."""
+    threads: int = 1
+    """What `n_threads=0` comes to."""
+    features: tuple[str, ...] = ()
+    """Instruction sets that processor and system offer, under Linux's names."""
+    module: str | None = None
+    """The ggml module that computes: the build for this generation of processors."""
+    layouts: dict[str, float] = field(default_factory=dict, hash=False)
+    """Types of weights that the module lays out anew, and what each byte of them becomes."""
+    keeps_k_quants: bool = False
+    """K-quants stay in the file's layout all the same, because the module is faster so."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Main memory, in bytes."""
+
+    total: int | None = None
+    available: int | None = None
+    """What can be had without swapping, within the cgroup's limit."""
+    limit: int | None = None
+    """Of the tightest cgroup around this process."""
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    pid: int
+    used: int | None = None
+    """None where the driver does not tell, as in many containers."""
+
+
+@dataclass(frozen=True)
+class GpuInstance:
+    """A part of a GPU (MIG)."""
+
+    uuid: str | None = None
+    total: int | None = None
+    free: int | None = None
+    used: int | None = None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str | None = None
+    device: str | None = None
+    """llama.cpp's name for it, like `CUDA0`; None: this build cannot compute on it."""
+    index: int | None = None
+    """NVML's number, which is not CUDA's."""
+    uuid: str | None = None
+    pci_id: str | None = None
+    total: int | None = None
+    """Bytes as llama.cpp can have them, so of a part where the GPU is cut into parts; what NVML
+    says where llama.cpp does not know the GPU."""
+    free: int | None = None
+    used: int | None = None
+    compute_capability: tuple[int, int] | None = None
+    driver: str | None = None
+    utilization: int | None = None
+    """Percent of the last second or so in which something ran."""
+    processes: tuple[GpuProcess, ...] = ()
+    instances: tuple[GpuInstance, ...] = ()
+
+
+@dataclass(frozen=True)
+class Machine:
+    cpu: Cpu = Cpu()
+    memory: Memory = Memory()
+    gpus: tuple[Gpu, ...] = ()
+    """Those that llama.cpp can use come first, in its own order, which `main_gpu` counts in."""
+    reason: str | None = None
+    """Why no GPU can be used; None if one can."""
+
+    @property
+    def usable_gpus(self) -> tuple[Gpu, ...]:
+        return tuple(gpu for gpu in self.gpus if gpu.device is not None)
+
+    def free_on(self, device: str) -> int | None:
+        """Bytes that are free on `cpu` or on one of llama.cpp's devices; None: nobody knows."""
+        if device == "cpu":
+            return self.memory.available
+        return next((gpu.free for gpu in self.gpus if gpu.device == device), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Machine:
+        """A machine as `to_dict` wrote it down, or made up; what is left out has its default."""
+        known = _checked(cls, facts)
+        if "cpu" in known:
+            cpu = _checked(Cpu, known["cpu"])
+            known["cpu"] = Cpu(**{**cpu, "features": tuple(cpu.get("features", ()))})
+        if "memory" in known:
+            known["memory"] = Memory(**_checked(Memory, known["memory"]))
+        known["gpus"] = tuple(_gpu_of(gpu) for gpu in known.get("gpus", ()))
+        return cls(**known)
+
+
+def detect() -> Machine:
+    """This machine, as it is now."""
+    core, module = _native.core, _native.start()
+    found = core.detect_cpu()
+    layouts, keeps_k_quants = _layouts()
+    cpu = Cpu(
+        name=found["brand"],
+        logical_cores=found["logical_cores"],
+        physical_cores=found["physical_cores"],
+        usable_cores=found["usable_cores"],
+        affinity=found["affinity"],
+        quota=found["quota"],
+        threads=found["default_threads"],
+        features=tuple(found["features"]),
+        module=module,
+        layouts=dict(layouts),
+        keeps_k_quants=keeps_k_quants,
+    )
+    memory = core.memory_info()
+    nvml, devices = core.detect_gpus(), [each for each in core.list_devices() if each["is_gpu"]]
+    gpus = joined(nvml, devices)
+    return Machine(
+        cpu=cpu,
+        memory=Memory(memory["total"], memory["available"], memory["limit"]),
+        gpus=gpus,
+        reason=_why_no_gpu(gpus, nvml["reason"]),
+    )
+
+
+def vram_used_mb(index: int = 0) -> float | None:
+    """What is used of a card, by NVML's number, in MiB; None, never 0, where nobody tells."""
+    found = {card["index"]: card["used"] for card in _native.core.detect_gpus()["gpus"]}
+    used = found.get(index)
+    return None if used is None else used / MIB
+
+
+def joined(nvml: Mapping[str, Any], devices: list[dict[str, Any]]) -> tuple[Gpu, ...]:
+    """NVML's GPUs and llama.cpp's, as one list: they are the same where they are on the same place
+    of the bus, whatever their numbers say under `CUDA_VISIBLE_DEVICES`."""
+    cards = {card["pci_id"]: card for card in nvml["gpus"] if card["pci_id"]}
+    gpus, seen = [], set()
+    for device in devices:
+        place = device["pci_id"]
+        card = cards.get(place.lower()) if place else None
+        seen.add(id(card))
+        gpus.append(_joined(card, device, nvml["driver"]))
+    others = [card for card in nvml["gpus"] if id(card) not in seen]
+    return (*gpus, *(_joined(card, None, nvml["driver"]) for card in others))
+
+
+# By how llama.cpp's names of devices begin.
+_KINDS = {
+    "cpu": "cpu",
+    "cuda": "cuda",
+    "metal": "metal",
+    "mtl": "metal",
+    "rocm": "rocm",
+    "hip": "rocm",
+    "vulkan": "vulkan",
+}
+# How much of a device's memory a budget covers.
+_SHARES: dict[str, float] = {"cpu": 0.25, "metal": 0.5}
+_SHARE_OF_VRAM = 0.8
+
+
+class GpuContext:
+    """A budget of one device's memory, and an account of what is taken from it.
+
+    The budget is 80 % of a GPU's memory, half of the main memory with Metal, which shares it, and a
+    quarter of it on a CPU. It only counts: what models really take stands in
+    `tabagent_model.memory()`.
+    """
+
+    def __init__(self, machine: Machine | None = None, main_gpu: int = 0) -> None:
+        machine = detect() if machine is None else machine
+        gpus = machine.usable_gpus
+        if gpus and not 0 <= main_gpu < len(gpus):
+            allowed = f"from 0 to {len(gpus) - 1}"
+            raise InvalidRequestError(
+                f"`main_gpu` must be {allowed}, got {main_gpu}", name="main_gpu"
+            )
+        self.device = (gpus[main_gpu].device or "cpu") if gpus else "cpu"
+        self.kind = kind_of(self.device)
+        total = machine.memory.total
+        if self.kind not in _SHARES:
+            total = gpus[main_gpu].total
+        if total is None:
+            raise HardwareError(f"nobody tells how much memory {self.device} has")
+        self.max_memory = int(total * _SHARES.get(self.kind, _SHARE_OF_VRAM))
+        self.allocated_memory = 0
+        ready = "CPU-only inference" if self.kind == "cpu" else f"{self.device} context ready"
+        _native._log().info("%s, with a budget of %s", ready, shown(self.max_memory))
+
+    @property
+    def available_memory(self) -> int:
+        return self.max_memory - self.allocated_memory
+
+    def allocate(self, num_bytes: int) -> None:
+        """Take so much from the budget, or refuse with the figures."""
+        _check_bytes(num_bytes)
+        if num_bytes > self.available_memory:
+            message = (
+                f"the budget of {self.device} is exceeded: {shown(self.allocated_memory)} +"
+                f" {shown(num_bytes)} > {shown(self.max_memory)}"
+            )
+            raise OutOfMemoryError(
+                message, needed=num_bytes, free=self.available_memory, device=self.device
+            )
+        self.allocated_memory += num_bytes
+
+    def deallocate(self, num_bytes: int) -> None:
+        """Give back what was allocated; more than that is refused."""
+        _check_bytes(num_bytes)
+        if num_bytes > self.allocated_memory:
+            message = (
+                f"`num_bytes` must be at most {self.allocated_memory}, which is allocated,"
+                f" got {num_bytes}"
+            )
+            raise InvalidRequestError(message, name="num_bytes")
+        self.allocated_memory -= num_bytes
+
+
+def kind_of(device: str) -> str:
+    """`CUDA0` → `cuda`; `gpu` for a kind that has no name here."""
+    return _KINDS.get(device.lower().rstrip("0123456789"), "gpu")
+
+
+def shown(num_bytes: int | None) -> str:
+    """As a person reads it: `5.2 GiB`."""
+    if num_bytes is None:
+        return "unknown"
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
+
+
+@functools.cache
+def _layouts() -> tuple[dict[str, float], bool]:
+    return _native.core.weight_layouts()
+
+
+def _joined(
+    card: Mapping[str, Any] | None, device: Mapping[str, Any] | None, driver: str | None
+) -> Gpu:
+    card, device = card or {}, device or {}
+    total = device.get("total") or card.get("total")
+    free = device.get("free") if device.get("total") else card.get("free")
+    return Gpu(
+        name=card.get("name") or device.get("description"),
+        device=device.get("name"),
+        index=card.get("index"),
+        uuid=card.get("uuid"),
+        pci_id=card.get("pci_id") or device.get("pci_id"),
+        total=total,
+        free=free,
+        used=total - free if device and total and free is not None else card.get("used"),
+        compute_capability=card.get("compute_capability"),
+        driver=driver if card else None,
+        utilization=card.get("utilization"),
+        processes=tuple(GpuProcess(*each) for each in card.get("processes", ())),
+        instances=tuple(GpuInstance(**each) for each in card.get("instances", ())),
+    )
+
+
+def _why_no_gpu(gpus: tuple[Gpu, ...], reason: str | None) -> str | None:
+    if any(gpu.device for gpu in gpus):
+        return None
+    if gpus:
+        names = ", ".join(gpu.name or "a GPU" for gpu in gpus)
+        return f"{names} cannot be used: there is no GPU backend in this installation"
+    return reason
+
+
+def _gpu_of(given: Any) -> Gpu:
+    facts = _checked(Gpu, given)
+    processes = (GpuProcess(**_checked(GpuProcess, each)) for each in facts.get("processes", ()))
+    instances = (GpuInstance(**_checked(GpuInstance, each)) for each in facts.get("instances", ()))
+    facts["processes"], facts["instances"] = tuple(processes), tuple(instances)
+    if (capability := facts.get("compute_capability")) is not None:
+        facts["compute_capability"] = tuple(capability)
+    return Gpu(**facts)
+
+
+def _checked(kind: type, given: Any) -> dict[str, Any]:
+    """The facts of one part; a name that it has not is refused, and so is what is no mapping."""
+    if isinstance(given, kind):
+        return {each.name: getattr(given, each.name) for each in fields(kind)}
+    if not isinstance(given, Mapping):
+        message = f"a {kind.__name__} must be a mapping of its fields, got {given!r:.60}"
+        raise InvalidRequestError(message, name=kind.__name__)
+    names = [each.name for each in fields(kind)]
+    for name in given:
+        if name not in names:
+            message = f"a {kind.__name__} has no field `{name}`"
+            hint = "there are " + ", ".join(names)
+            raise InvalidRequestError(message, hint=hint, name=str(name))
+    return dict(given)
+
+
+def _check_bytes(num_bytes: object) -> None:
+    if isinstance(num_bytes, bool) or not isinstance(num_bytes, int) or num_bytes < 0:
+        message = f"`num_bytes` must be a whole number from 0, got {num_bytes!r:.60}"
+        raise InvalidRequestError(message, name="num_bytes")
