@@ -16,7 +16,7 @@ async def tokenize(service: Service, given: object) -> dict[str, Any]:
     text = body.text("content")
     if text is None:
         body.bad("content", "a string", None)
-    special = body.flag("parse_special", True)
+    special = body.optional_flag("parse_special") is not False
     name = body.text("model")
     tokens = await service.tokenize(
         text, model=name, add_bos=body.flag("add_special"), special=special

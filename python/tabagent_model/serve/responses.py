@@ -317,7 +317,7 @@ def _response(body: Fields, model: str) -> dict[str, Any]:
         "output": [],
         "error": None,
         "incomplete_details": None,
-        "parallel_tool_calls": body.flag("parallel_tool_calls", True),
+        "parallel_tool_calls": body.optional_flag("parallel_tool_calls") is not False,
         "tool_choice": body.raw("tool_choice") or "auto",
         "tools": body.raw("tools") or [],
         "metadata": body.raw("metadata") or {},
