@@ -12,7 +12,7 @@ CARGO   := cargo --locked
 QUIETLY := -q --disable-pip-version-check
 PIP     := $(BIN)/python -m pip install $(QUIETLY)
 
-.PHONY: try test lint bench soak docs wheel clean
+.PHONY: try test test-browser lint bench soak docs wheel clean
 
 try: $(VENV)/installed
 	@$(BIN)/python -m tabagent_model generate "What is the capital of France?"
@@ -20,6 +20,12 @@ try: $(VENV)/installed
 test: $(VENV)/installed-for-tests lint
 	$(CARGO) test --release --no-default-features
 	$(BIN)/python -m pytest
+
+# The chat page in Debian's chromium; `make test` skips it where there is none.
+test-browser: $(VENV)/installed-for-tests
+	command -v chromium chromedriver || apt-get install -y --no-install-recommends chromium chromium-driver
+	$(PIP) selenium
+	$(BIN)/python -m pytest tests/real/test_page.py
 
 lint: $(VENV)/installed-for-tests
 	cargo fmt --check

@@ -86,6 +86,22 @@ MAY_IMPORT = {
     "serve/_request": {"_prompt", "errors", "params", "serve.service"},  # for type checkers only
     "serve/_shapes": {"_core", "results"},
     "serve/openai": {"errors", "results", "serve._request", "serve._shapes", "serve.service"},
+    "serve/__init__": {"_package", "model", "serve.config", "serve.http", "serve.service"},
+    "serve/config": {"errors", "params"},
+    "serve/anthropic": {"results", "serve._request", "serve.openai", "serve.service"},
+    "serve/responses": {"results", "serve._request", "serve.openai", "serve.service"},
+    "serve/llama_server": {"serve._request", "serve.openai", "serve.service"},
+    "serve/guard": {"serve.config", "serve.openai"},
+    "serve/sse": {"serve.config", "serve.guard"},
+    "serve/wire": {"serve.config", "serve.openai", "serve.sse"},
+    "serve/http": {
+        *("metrics", "serve.anthropic", "serve.config", "serve.guard", "serve.llama_server"),
+        *("serve.openai", "serve.responses", "serve.service", "serve.sse"),
+    },
+    "serve/listen": {
+        *("_package", "errors", "model", "params"),
+        *("serve.config", "serve.http", "serve.service", "serve.wire"),
+    },
     "serve/transport": {"_package", "model", "serve.openai", "serve.service"},
 }
 

@@ -1,4 +1,4 @@
-"""On the terminal: `python -m tabagent_model generate "a question"`, and `doctor`."""
+"""On the terminal: `tabagent-model generate "a question"`, `serve`, and `doctor`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ import sys
 from typing import TYPE_CHECKING
 
 from . import Model, TabAgentModelError, _native
+from .serve import listen
 
 if TYPE_CHECKING:
     from .hardware import Cpu, Gpu, Machine, Memory
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tabagent_model", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tabagent-model", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="answer a question, as the words come")
     generate.add_argument("prompt", help="what to ask; `-` reads it from standard input")
     generate.add_argument("--model", help="a GGUF file instead of the bundled tiny model")
     generate.add_argument("--max-tokens", type=int, default=256)
     generate.add_argument("--temperature", type=float, default=0.0)
+    serve = commands.add_parser("serve", help="answer others by HTTP, as OpenAI's servers do")
+    listen.add_arguments(serve)
     examine = commands.add_parser("doctor", help="say what this installation runs on")
     examine.add_argument("model", nargs="?", help="a GGUF file: say also what it would take here")
     asked = parser.parse_args()
     try:
         if asked.command == "doctor":
             doctor(asked.model)
+        elif asked.command == "serve":
+            return listen.run(asked)
         else:
             prompt = sys.stdin.read() if asked.prompt == "-" else asked.prompt
             answer(asked.model, prompt, asked.max_tokens, asked.temperature)

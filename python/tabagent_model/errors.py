@@ -31,6 +31,7 @@ TabAgentModelError (RuntimeError)
 ├── ForkedProcessError
 ├── NotSupportedError (NotImplementedError)   what is asked for does not exist here yet
 ├── MissingPackageError (ImportError)   an optional package is not installed
+├── ServerStartError (OSError)      a server cannot listen there, or must not without a key
 ├── HardwareError                   the machine does not tell what it is or has
 ├── GpuNotAvailableError            a GPU was asked for that is not there or cannot be used
 ├── BinaryNotFoundError (FileNotFoundError)
@@ -220,6 +221,10 @@ class NotSupportedError(TabAgentModelError, NotImplementedError):
 
 class MissingPackageError(TabAgentModelError, ImportError):
     """An optional package is not installed; the hint installs it."""
+
+
+class ServerStartError(TabAgentModelError, OSError):
+    """The address is taken or not this machine's, or it would let everybody in."""
 
 
 class HardwareError(TabAgentModelError):

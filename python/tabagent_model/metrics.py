@@ -50,30 +50,47 @@ _ENDS = ("stop", "length", "cancelled", "error")
 
 def prometheus(metrics: Mapping[str, Any], model: str) -> str:
     """Text in Prometheus' exposition format of what `Model.metrics()` gives."""
-    return "".join(f"{line}\n" for line in _lines(metrics, f'model_name="{_escaped(model)}"'))
+    return prometheus_of_many({model: metrics})
 
 
-def _lines(metrics: Mapping[str, Any], label: str) -> Iterator[str]:
+def prometheus_of_many(engines: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same of several models, by name."""
+    return "".join(f"{line}\n" for line in _lines(engines))
+
+
+def _lines(engines: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    labelled = [(f'model_name="{_escaped(name)}"', told) for name, told in engines.items()]
     for name, kind, key, meaning in _SIMPLE:
-        if key in metrics:
-            yield from (f"# HELP {name} {meaning}", f"# TYPE {name} {kind}")
-            yield f"{name}{{{label}}} {metrics[key]}"
-    if steps := metrics.get("steps"):
+        if found := [(label, told[key]) for label, told in labelled if key in told]:
+            yield from _head(name, kind, meaning)
+            yield from (f"{name}{{{label}}} {value}" for label, value in found)
+    if found := [(label, told) for label, told in labelled if told.get("busy_slots")]:
         name = "llamacpp:n_busy_slots_per_decode"
-        yield from (f"# HELP {name} Requests per step.", f"# TYPE {name} gauge")
-        yield f"{name}{{{label}}} {metrics['busy_slots'] / steps}"
+        yield from _head(name, "gauge", "Requests per step.")
+        for label, told in found:
+            yield f"{name}{{{label}}} {told['busy_slots'] / told['steps']}"
     name = "vllm:request_success_total"
-    yield from (f"# HELP {name} Requests that ended.", f"# TYPE {name} counter")
-    for reason in _ENDS:
-        yield f'{name}{{{label},finished_reason="{reason}"}} {metrics.get(f"ended_{reason}", 0)}'
+    yield from _head(name, "counter", "Requests that ended.")
+    for label, told in labelled:
+        for reason in _ENDS:
+            yield f'{name}{{{label},finished_reason="{reason}"}} {told.get(f"ended_{reason}", 0)}'
     for name, key, meaning in _HISTOGRAMS:
-        if key in metrics:
-            yield from (f"# HELP {name} {meaning}", f"# TYPE {name} histogram")
-            for bound, count in metrics[key]["buckets"].items():
-                le = "+Inf" if bound == inf else bound
-                yield f'{name}_bucket{{{label},le="{le}"}} {count}'
-            yield f"{name}_sum{{{label}}} {metrics[key]['sum']}"
-            yield f"{name}_count{{{label}}} {metrics[key]['count']}"
+        if found := [(label, told[key]) for label, told in labelled if key in told]:
+            yield from _head(name, "histogram", meaning)
+            for label, times in found:
+                yield from _histogram(name, label, times)
+
+
+def _head(name: str, kind: str, meaning: str) -> tuple[str, str]:
+    return f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"
+
+
+def _histogram(name: str, label: str, times: Mapping[str, Any]) -> Iterator[str]:
+    for bound, count in times["buckets"].items():
+        le = "+Inf" if bound == inf else bound
+        yield f'{name}_bucket{{{label},le="{le}"}} {count}'
+    yield f"{name}_sum{{{label}}} {times['sum']}"
+    yield f"{name}_count{{{label}}} {times['count']}"
 
 
 def _escaped(value: str) -> str:

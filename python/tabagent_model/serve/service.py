@@ -115,6 +115,18 @@ class Service:
     ) -> list[int]:
         return await self.model(model).tokenize(text, add_bos, special)
 
+    async def prompt(
+        self, messages: Messages, *, model: str | None = None, **fields: Unpack[ChatFields]
+    ) -> str:
+        """What a conversation makes the model read."""
+        return await self.model(model).apply_chat_template(messages, **_prompt_fields(fields))
+
+    async def count_tokens(
+        self, messages: Messages, *, model: str | None = None, **fields: Unpack[ChatFields]
+    ) -> int:
+        """How many tokens that is."""
+        return await self.model(model).count_tokens(messages, **_prompt_fields(fields))
+
     async def detokenize(
         self, tokens: Sequence[int], *, model: str | None = None, special: bool = False
     ) -> str:
@@ -234,6 +246,17 @@ def _name(name: object) -> str:
         return name
     message = f"a model's name must be 1 to 200 printable characters, got {name!r:.60}"
     raise InvalidRequestError(message, name="models")
+
+
+def _prompt_fields(fields: ChatFields) -> PromptFields:
+    """Without what is about the answer."""
+    return cast("PromptFields", {k: v for k, v in fields.items() if k in _PROMPT_FIELDS})
+
+
+_PROMPT_FIELDS = {
+    *("tools", "tool_choice", "parallel_tool_calls", "template", "enable_thinking"),
+    *("reasoning_format", "chat_template_kwargs", "continue_final_message"),
+}
 
 
 def _with_seeds(config: GenerationConfig | None, n: int) -> list[GenerationConfig]:
