@@ -115,18 +115,6 @@ class Service:
     ) -> list[int]:
         return await self.model(model).tokenize(text, add_bos, special)
 
-    async def prompt(
-        self, messages: Messages, *, model: str | None = None, **fields: Unpack[ChatFields]
-    ) -> str:
-        """What a conversation makes the model read."""
-        return await self.model(model).apply_chat_template(messages, **_prompt_fields(fields))
-
-    async def count_tokens(
-        self, messages: Messages, *, model: str | None = None, **fields: Unpack[ChatFields]
-    ) -> int:
-        """How many tokens that is."""
-        return await self.model(model).count_tokens(messages, **_prompt_fields(fields))
-
     async def detokenize(
         self, tokens: Sequence[int], *, model: str | None = None, special: bool = False
     ) -> str:
