@@ -115,9 +115,23 @@ async def test_without_a_schema_nothing_grows(face: MakeFace):
 class Thinking(ScriptedContext):
     """Its prompts end where the model begins to think."""
 
+    is_thinking = True
+
     def render_chat(self, *args: Any, **kwargs: Any) -> ScriptedPrompt:
         text = super().render_chat(*args, **kwargs).text
-        return ScriptedPrompt(text, self, thinking=("<think>", "</think>"), is_thinking=True)
+        thinking = ("<think>", "</think>")
+        return ScriptedPrompt(text, self, thinking=thinking, is_thinking=self.is_thinking)
+
+
+class MayThink(Thinking):
+    """The model begins to think by itself, if it does."""
+
+    is_thinking = False
+
+
+BEHIND = r"""start: (thought /\n{0,2}/)? answer
+thought[suffix="</think>"]: /<think>(.|\n)*/
+answer: """
 
 
 @pytest.mark.parametrize(
@@ -131,6 +145,10 @@ class Thinking(ScriptedContext):
             {"lark": "start: A"},
             {"syntax": "lark", "text": "start: A", "after": "</think>"},
         ),
+        (MayThink, ["yes", "no"], {"syntax": "lark", "text": f"{BEHIND}/yes|no/"}),
+        (MayThink, {"regex": "a/b"}, {"syntax": "lark", "text": rf"{BEHIND}/a\/b/"}),
+        (MayThink, {"regex": "a\nb"}, {"syntax": "regex", "text": "a\nb"}),
+        (MayThink, {"lark": "start: A"}, {"syntax": "lark", "text": "start: A"}),
     ],
 )
 async def test_the_engine_is_told_what_to_keep_to(

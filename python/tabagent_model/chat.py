@@ -347,8 +347,11 @@ class Chat(Asked):
         schema = self._options.schema
         if schema is None:
             return prompt.constraint
-        after = prompt.thinking[1] if prompt.thinking and prompt.is_thinking else None
-        return {**schema.constraint, "after": after}
+        if prompt.thinking is not None and prompt.is_thinking:
+            return {**schema.constraint, "after": prompt.thinking[1]}
+        if prompt.thinking is not None and self._options.enable_thinking:
+            return schema.behind(prompt.thinking)
+        return schema.constraint
 
 
 _SYSTEM = ("system", "developer")

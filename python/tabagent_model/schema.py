@@ -83,6 +83,23 @@ class Schema:
         """Whether nothing could follow, so that it does not matter what ended it."""
         return False
 
+    def behind(self, thinking: tuple[str, str]) -> dict[str, Any]:
+        """The constraint of an answer that may begin with thoughts between these tags."""
+        if (rule := self._rule()) is None:
+            return self.constraint
+        import json
+
+        rules = [
+            r"start: (thought /\n{0,2}/)? answer",
+            rf"thought[suffix={json.dumps(thinking[1])}]: /{_literally(thinking[0])}(.|\n)*/",
+            f"answer: {rule}",
+        ]
+        return {"syntax": "lark", "text": "\n".join(rules)}
+
+    def _rule(self) -> str | None:
+        """The constraint as a rule of a Lark grammar, if it can be one."""
+        return None
+
     def __repr__(self) -> str:
         return f"<Schema {self.constraint['syntax']}: {self.constraint['text']:.60}>"
 
@@ -126,6 +143,13 @@ class _Json(Schema):
 
     def growing(self) -> Growing:
         return _GrowingJson(self._kind)
+
+    def _rule(self) -> str | None:
+        import json
+
+        assert self.json_schema is not None
+        schema = {"x-guidance": {"whitespace_pattern": _SPACE}, **self.json_schema}
+        return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
     def _ends_by_itself(self, text: str) -> bool:
         return text.rstrip().endswith(("}", "]", '"'))  # of a number there may be more
@@ -174,6 +198,9 @@ class _Choices(Schema):
             raise InvalidRequestError(message, name="schema")
         return cls([(each, each) for each in texts])
 
+    def _rule(self) -> str | None:
+        return _pattern(self.constraint["text"])
+
     def parse(self, text: str) -> Any:
         for choice in (text, text.strip()):
             if choice in self._objects:
@@ -205,6 +232,9 @@ class _Text(Schema):
     def growing(self) -> Growing:
         return _GrowingText()
 
+    def _rule(self) -> str | None:
+        return _pattern(self.constraint["text"]) if self.constraint["syntax"] == "regex" else None
+
 
 _SYNTAXES = {"regex": "regex", "lark": "lark", "grammar": "gbnf"}
 
@@ -221,6 +251,16 @@ class _GrowingText(Growing):
 def _literally(text: str) -> str:
     """A text as a regex of Rust, which wants other escapes than Python."""
     return re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", text)
+
+
+def _pattern(regex: str) -> str | None:
+    """A regex as Lark writes it, which takes it on one line only."""
+    slashed = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", regex, flags=re.DOTALL)
+    return None if "\n" in regex else f"/{slashed}/"
+
+
+# Between the parts of an answer, as `constraint/schema.rs` has it for schemas alone.
+_SPACE = r" |\n{1,2}[ \t]{0,20}"
 
 
 def _closed(schema: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 import pytest
 from pydantic import BaseModel
 
+from chat_templates import HERMES
 from tabagent_model import AsyncModel, InvalidRequestError, Model
 
 pytestmark = pytest.mark.model
@@ -120,6 +121,32 @@ def test_leaving_a_growing_object_ends_the_answer(model: Model):
         assert "la la la".startswith(text)
         break
     assert stream.result.finish_reason == "cancelled"
+
+
+THOUGHT = "<think>Hm, {.</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("schema", "kind"),
+    [(Person, Person), (["left", "right"], str), ({"regex": "a/b|c"}, str), (tuple[Side], tuple)],
+)
+@pytest.mark.parametrize("thinks", [True, False])
+def test_an_answer_is_an_object_behind_what_the_model_thought(
+    model: Model, schema: Any, kind: Any, thinks: bool
+):
+    forced = model.tokenize(THOUGHT, add_bos=False) if thinks else []
+
+    def hook(tokens: list[int], logits: memoryview[float]) -> None:
+        if forced:
+            logits[forced.pop(0)] = 1e9
+
+    answer = model.chat(
+        ASKED, template=HERMES, schema=schema, temperature=0, logits_hook=hook, max_tokens=64
+    )
+    assert isinstance(answer.parsed, kind), answer.text
+    assert answer.text.startswith(THOUGHT if thinks else answer.content)
+    assert answer.reasoning == ("Hm, {." if thinks else None)
+    assert not isinstance(answer.parsed, str) or answer.parsed == answer.parsed.strip()
 
 
 def test_what_is_no_schema_is_refused(model: Model):
