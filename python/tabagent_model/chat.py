@@ -339,7 +339,6 @@ class Chat(Asked):
             return super().end(completion)
         is_cut_short = completion.finish_reason in ("length", "cancelled")
         parsed, error = schema.outcome(completion.content, is_cut_short)
-        error = error or completion.parse_error
         return super().end(replace(completion, parsed=parsed, parse_error=error))
 
     def _constraint(self, prompt: ChatPrompt) -> dict[str, Any] | None:
