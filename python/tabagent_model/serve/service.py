@@ -254,14 +254,3 @@ def _with_seeds(config: GenerationConfig | None, n: int) -> list[GenerationConfi
     if config.seed < 0:
         return [config for _ in numbers]
     return [config.with_seed((config.seed + number) % 2**63) for number in numbers]
-
-
-def _prompt_fields(fields: ChatFields) -> PromptFields:
-    """Without what is about the answer."""
-    return cast("PromptFields", {k: v for k, v in fields.items() if k in _PROMPT_FIELDS})
-
-
-_PROMPT_FIELDS = {
-    *("tools", "tool_choice", "parallel_tool_calls", "template", "enable_thinking"),
-    *("reasoning_format", "chat_template_kwargs", "continue_final_message"),
-}
