@@ -88,10 +88,6 @@ def test_every_field_of_openai_finds_its_place():
         tools=[WEATHER],
         tool_choice={"type": "function", "function": {"name": "get_weather"}},
         parallel_tool_calls=False,
-        response_format={
-            "type": "json_schema",
-            "json_schema": {"name": "city", "strict": True, "schema": {"type": "object"}},
-        },
         reasoning_effort="low",
         user="somebody",
         store=True,
@@ -119,7 +115,6 @@ def test_every_field_of_openai_finds_its_place():
             "tools": [WEATHER],
             "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
             "parallel_tool_calls": False,
-            "schema": {"type": "object"},
             "chat_template_kwargs": {"reasoning_effort": "low"},
         },
     )
@@ -180,6 +175,15 @@ def test_null_is_as_good_as_absent():
             {"response_format": {"type": "json_schema", "schema": {"type": "null"}}},
             {"type": "null"},
         ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "strict": True, "schema": {"type": "number"}},
+                }
+            },
+            {"type": "number"},
+        ),
         ({"json_schema": {"type": "string"}}, {"type": "string"}),
     ],
 )
@@ -237,6 +241,10 @@ def test_each_way_to_ask_for_a_form_is_understood(wish: dict[str, Any], schema: 
             {"grammar": "root ::= x", "response_format": {"type": "json_object"}},
             "response_format cannot be granted: `grammar` is given as well, "
             "and there can be one of them",
+        ),
+        (
+            {"tools": [WEATHER], "response_format": {"type": "json_object"}},
+            "response_format cannot be granted: `tools` say already how an answer looks",
         ),
         ({"reasoning_effort": "huge"}, None),
         ({"functions": []}, "functions cannot be granted: use `tools` and `tool_choice`"),

@@ -114,8 +114,8 @@ class Llama:
         echo, is_streamed = asked.pop("echo"), asked.pop("stream", False)
         name = asked.pop("model", None) or self.model_path
         config = self._config(asked)
-        echoes = [prompt if isinstance(prompt, str) else self._model.detokenize(prompt)]
-        shape = CompletionShape(name, echoes=echoes if echo else ())
+        said = self._model.detokenize(prompt) if echo and not isinstance(prompt, str) else prompt
+        shape = CompletionShape(name, echoes=[str(said)] if echo else ())
         if is_streamed:
             return _chunks(self._model.stream(prompt, config), shape)
         return _theirs(shape.whole([self._model.generate(prompt, config)]))
@@ -159,7 +159,7 @@ class Llama:
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         try:
-            written = text if isinstance(text, str) else bytes(text).decode()
+            written = text.decode() if isinstance(text, (bytes, bytearray)) else text
         except UnicodeDecodeError as error:
             raise TokenizationError(f"the text is no UTF-8 at byte {error.start}") from None
         return self._model.tokenize(written, add_bos, special)
@@ -242,10 +242,10 @@ class Llama:
         if given.pop("stopping_criteria", None):
             message = "`stopping_criteria` is not supported"
             raise NotSupportedError(message, hint="leave the loop over a stream instead")
-        limit = asked.get("max_tokens")
-        given["max_tokens"] = limit if limit is not None and limit > 0 else -1
-        given["top_k"] = max(given["top_k"], 0)
-        given["top_p"] = max(given["top_p"], 1e-6)
+        for name, otherwise in _WITHOUT.items():
+            number = given.get(name, 0)
+            if isinstance(number, (int, float)) and number <= 0:
+                given[name] = otherwise
         given["mirostat"] = given.pop("mirostat_mode")
         given.setdefault("penalty_last_n", self._last_n)
         if (seed := given.get("seed", self._seed)) is not None:
@@ -368,6 +368,9 @@ def _kv_type(type_k: int | None, type_v: int | None) -> Any:
 def _hook(processors: Any) -> Callable[[list[int], memoryview[float]], None]:
     numpy = package("numpy", "numpy")
     many = processors if isinstance(processors, Sequence) else [processors]
+    if not all(map(callable, many)):
+        message = f"`logits_processor` must be functions of ids and logits, got {processors!r:.60}"
+        raise InvalidRequestError(message, name="logits_processor")
 
     def hook(tokens: list[int], logits: memoryview[float]) -> None:
         ids, scores = numpy.asarray(tokens), numpy.array(logits)
@@ -387,6 +390,8 @@ _ANSWER: dict[str, Any] = {
     "repeat_penalty": 1.0,
     "mirostat_mode": 0,
 }
+# What 0, and less, mean: no limit, every token, the likeliest token alone.
+_WITHOUT = {"max_tokens": -1, "top_k": 0, "top_p": 1e-6}
 _IGNORED = ("tfs_z", "penalize_nl")
 _CHAT = ("tools", "tool_choice")
 _RANDOM_SEED = 0xFFFFFFFF

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -15,6 +16,7 @@ from tabagent_model import (
     InvalidRequestError,
     ModelNotFoundError,
     NotSupportedError,
+    TabAgentModelError,
     TokenizationError,
     compat,
 )
@@ -231,6 +233,47 @@ def test_a_wrong_keyword_gets_the_right_one_as_hint(llm: Llama):
         llm("x", stopping_criteria=[lambda ids, logits: True])
     with pytest.raises(NotSupportedError):
         llm("x", suffix="y")
+
+
+ODD: list[Any] = [
+    [],
+    {},
+    "x",
+    -1e9,
+    1e308,
+    [None],
+    {"a": {}},
+    2**70,
+    True,
+    [[]],
+    0.5,
+    b"x",
+    object(),
+]
+
+
+KEYWORDS = """prompt messages max_tokens temperature top_p top_k min_p typical_p logprobs stop seed
+top_logprobs grammar logit_bias tools tool_choice response_format mirostat_mode logits_processor
+repeat_penalty functions suffix echo"""
+
+
+@pytest.mark.parametrize("name", KEYWORDS.split())
+def test_an_odd_value_is_refused_with_an_error_of_ours_or_answered(llm: Llama, name: str):
+    for value in ODD:
+        for ask, said in (
+            (llm, {"prompt": "x"}),
+            (llm.create_chat_completion, {"messages": FRANCE}),
+        ):
+            with contextlib.suppress(TabAgentModelError):
+                ask(**{**said, "max_tokens": 1, name: value})
+
+
+def test_odd_text_is_refused_with_an_error_of_ours(llm: Llama):
+    for value in ODD:
+        with contextlib.suppress(TabAgentModelError):
+            llm.tokenize(value)
+        with contextlib.suppress(TabAgentModelError):
+            llm.detokenize(value)
 
 
 def test_keywords_that_change_nothing_are_noted_once(caplog: pytest.LogCaptureFixture):

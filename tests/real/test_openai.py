@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -345,10 +348,51 @@ async def test_no_value_of_any_field_is_worse_than_refused(tiny_model: Model):
                     assert error["message"] and error["param"], (name, value)
 
 
+ENDINGS = {
+    "with an open stream": """
+        stream = client.chat.completions.create(stream=True, **endless)
+        next(iter(stream))
+    """,
+    "with a thread that waits": """
+        ask = lambda: client.chat.completions.create(**endless)
+        threading.Thread(target=ask, daemon=True).start()
+        while model.metrics()["running"] == 0:
+            time.sleep(0.001)
+    """,
+    "after a forked child": """
+        client.chat.completions.create(model="", messages=said, max_tokens=1)
+        if os.fork() == 0:
+            try:
+                client.chat.completions.create(**endless)
+            except openai.InternalServerError as error:
+                assert "forked" in error.message
+            sys.exit()
+        assert os.wait()[1] == 0
+        client.chat.completions.create(model="", messages=said, max_tokens=1)
+    """,
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_process_ends(ending: str):
+    program = f"""
+import os, openai, sys, threading, time
+from tabagent_model import Model
+
+said = [{{"role": "user", "content": "Tell me a story."}}]
+endless = {{"model": "", "messages": said, "extra_body": {{"ignore_eos": True}}}}
+model = Model.load(n_ctx=512)
+client = model.openai_client()
+{textwrap.dedent(ENDINGS[ending])}
+"""
+    ran = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
+    assert ran.returncode == 0
+
+
 def test_a_missing_package_is_named_with_what_installs_it(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(__import__("sys").modules, "openai", None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(MissingPackageError) as missing:
         tiny_model.openai_client()
     assert missing.value.hint == "pip install 'tabagent-model[openai]'"

@@ -188,6 +188,9 @@ def _chat_fields(body: Fields) -> ChatFields:
         fields["enable_thinking"] = False
     grammar, schema = _constraint(body)
     fields["schema"] = schema if grammar is None else {"grammar": grammar}
+    if fields["schema"] is not None and fields["tools"] and fields["tool_choice"] != "none":
+        for name in ("grammar", "json_schema", "response_format"):
+            body.refuse(name, "`tools` say already how an answer looks")
     return cast("ChatFields", {name: it for name, it in fields.items() if it is not None})
 
 

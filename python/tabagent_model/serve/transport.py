@@ -10,6 +10,7 @@ thread, also in one whose event loop is running (a notebook's). Closing a respon
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -56,7 +57,6 @@ class Transport(httpx.BaseTransport):
     def __init__(self, service: Service) -> None:
         self._service = service
         self._loop = _Loop()
-        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         request.read()
@@ -64,12 +64,10 @@ class Transport(httpx.BaseTransport):
         if not isinstance(reply.content, Events):
             return _response(reply)
         stream = _Stream(reply.content, self._loop, request)
-        self._streams.add(stream)
+        self._loop.streams.add(stream)
         return httpx.Response(reply.status, headers=dict(reply.headers), stream=stream)
 
     def close(self) -> None:
-        for stream in list(self._streams):
-            stream.close()
         self._loop.stop()
 
 
@@ -122,6 +120,8 @@ class _Loop:
     """An event loop in a thread of its own, from its first use until nobody needs it."""
 
     def __init__(self) -> None:
+        self.streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        """Those that may still be open."""
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stop: Callable[[], object] | None = None
@@ -136,6 +136,7 @@ class _Loop:
             raise
 
     def stop(self) -> None:
+        """Done at exit as well, when the engine is still there to end what runs."""
         if self._stop is not None:
             self._stop()
 
@@ -146,11 +147,21 @@ class _Loop:
                 run = self._loop.run_forever
                 self._thread = threading.Thread(target=run, name="tabagent-openai", daemon=True)
                 self._thread.start()
-                self._stop = weakref.finalize(self, _end, self._loop, self._thread)
+                parts = (os.getpid(), self._loop, self._thread, self.streams)
+                self._stop = weakref.finalize(self, _end, *parts)
             return self._loop
 
 
-def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+def _end(
+    process: int,
+    loop: asyncio.AbstractEventLoop,
+    thread: threading.Thread,
+    streams: weakref.WeakSet[_Stream],
+) -> None:
+    if os.getpid() != process:
+        return  # in a forked child the loop's file descriptors still are the parent's
+    for stream in list(streams):
+        stream.close()
     loop.call_soon_threadsafe(loop.stop)
     thread.join(timeout=1.0)
     if not thread.is_alive():
