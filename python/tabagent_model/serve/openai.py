@@ -270,7 +270,6 @@ def json_bytes(content: object) -> bytes:
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _DONE = b"data: [DONE]\n\n"
 
-
 ROUTES: dict[str, tuple[str, Callable[[Service, Any], Awaitable[dict[str, Any] | Events]]]] = {
     "/v1/chat/completions": ("POST", create_chat_completion),
     "/v1/completions": ("POST", create_completion),
