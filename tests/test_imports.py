@@ -91,12 +91,14 @@ MAY_IMPORT = {
     "serve/anthropic": {"results", "serve._request", "serve.openai", "serve.service"},
     "serve/responses": {"results", "serve._request", "serve.openai", "serve.service"},
     "serve/llama_server": {"serve._request", "serve.openai", "serve.service"},
+    "serve/openapi": {"_core"},
     "serve/guard": {"serve.config", "serve.openai"},
     "serve/sse": {"serve.config", "serve.guard"},
     "serve/wire": {"serve.config", "serve.openai", "serve.sse"},
     "serve/http": {
         *("metrics", "serve.anthropic", "serve.config", "serve.guard", "serve.llama_server"),
-        *("serve.openai", "serve.responses", "serve.service", "serve.sse"),
+        *("serve.openai", "serve.openapi", "serve.responses", "serve.service"),
+        "serve.sse",
     },
     "serve/listen": {
         *("_package", "errors", "model", "params"),

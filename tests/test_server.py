@@ -636,6 +636,53 @@ def test_no_value_of_any_field_is_the_servers_fault(path: str):
                 assert answer.status_code in (200, 400, 404), (field, value, answer.text)
 
 
+NEEDED: dict[str, Any] = {
+    "prompt": "a",
+    "messages": [{"role": "user", "content": "a"}],
+    "input": "a",
+    "max_tokens": 4,
+    "content": "a",
+    "tokens": [0],
+}
+
+
+def test_what_is_described_is_what_is_taken():
+    _, model = scripted("x")
+    with model, Served(model) as served:
+        paths = served.client.get("/openapi.json").json()["paths"]
+        assert set(FIELDS) <= set(paths)
+        for path, fields, required in described(paths):
+            body = {name: NEEDED[name] for name in required}
+            assert served.client.post(path, json=body).status_code == 200
+            for name in required:
+                rest = {each: body[each] for each in required if each != name}
+                assert served.client.post(path, json=rest).status_code == 400, (path, name)
+            for name, schema in fields.items():
+                for value, is_good in values_of(schema):
+                    answer = served.client.post(path, json={**body, name: value})
+                    assert (answer.status_code == 200) == is_good, (path, name, value, answer.text)
+
+
+def described(paths: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """Each path with the fields of its body, and the names of those that it needs."""
+    for path, methods in paths.items():
+        if "post" in methods:
+            body = methods["post"]["requestBody"]["content"]["application/json"]["schema"]
+            yield path, body["properties"], body["required"]
+
+
+def values_of(schema: dict[str, Any]) -> Iterator[tuple[Any, bool]]:
+    """Values at the edges of a range, beyond them, and of another type."""
+    if "minimum" in schema and schema["maximum"] < 2**40:
+        yield from ((schema["minimum"], True), (schema["maximum"], True), ("1", False))
+        yield from ((schema["minimum"] - 5, False), (schema["maximum"] + 5, False))
+    if schema.get("type") == "boolean":
+        yield from ((True, True), (False, True), (1, False), ("true", False))
+    if "enum" in schema:
+        yield from ((value, True) for value in schema["enum"])
+        yield ("another", False)
+
+
 # What is left behind in a log.
 
 

@@ -242,7 +242,7 @@ def test_a_server_that_is_still_loading_ends_well():
 
 
 def test_streams_end_within_the_grace_and_the_exit_is_a_success():
-    with Process("--grace-s", "1", "--n-ctx", "256") as process:
+    with Process("--grace-s", "1", "--n-ctx", "256", "--in-process") as process:
         process.wait_until_ready()
         body = {**LONG, "max_tokens": 32_768, "overflow": "shift", "stream": True}
         with httpx.stream(
@@ -257,12 +257,35 @@ def test_streams_end_within_the_grace_and_the_exit_is_a_success():
         assert process.child.wait(timeout=60) == 0
 
 
+def test_a_worker_that_dies_takes_only_its_requests_along():
+    with Process("--n-ctx", "256") as process:
+        process.wait_until_ready()
+        body = {**LONG, "max_tokens": 32_768, "overflow": "shift", "stream": True}
+        with httpx.stream(
+            "POST", process.url + COMPLETIONS, json=body, timeout=60, trust_env=False
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for children in Path(f"/proc/{process.child.pid}/task").glob("*/children"):
+                for child in children.read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
+            *_, error, _, done, _ = lines
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "worker_crashed"
+        assert done == "data: [DONE]"
+        body = {**GREEDY, "messages": FRANCE}
+        url = f"{process.url}/v1/chat/completions"
+        again = httpx.post(url, json=body, timeout=60, trust_env=False).json()
+        assert "Paris" in again["choices"][0]["message"]["content"]
+        assert process.end()[0] == 0
+
+
 def test_models_have_the_names_that_they_are_given(tmp_path: Path):
     path = Path(__import__("tabagent_model").__file__).parent / "assets" / "tiny-chat.gguf"
     keys = tmp_path / "keys"
     keys.write_text("one\ntwo\n")
     key = {"authorization": "Bearer two"}
-    with Process(f"a={path}", str(path), "--api-key-file", str(keys), "--no-page") as process:
+    options = ("--api-key-file", str(keys), "--no-page", "--in-process")
+    with Process(f"a={path}", str(path), *options) as process:
         process.wait_until_ready()
         with httpx.Client(base_url=process.url, trust_env=False) as client:
             assert client.get("/v1/models").status_code == 401

@@ -25,6 +25,7 @@ from . import anthropic, llama_server, openai, responses
 from .config import ServerConfig
 from .guard import ClientGone, Guard, Refusal, Traffic, body_of
 from .openai import json_bytes, read_json
+from .openapi import description
 from .service import Service
 from .sse import EventStream, unless_gone
 
@@ -66,6 +67,7 @@ class Door:
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
+            Route("/openapi.json", self._openapi),
         ]
         retrieve = _Route(self, "GET", openai.retrieve_model)
         routes.append(Route("/v1/models/{model:path}", retrieve, methods=["GET"]))
@@ -88,16 +90,25 @@ class Door:
         """Whether a request would find a place, or one in the queue."""
         if (health := await self._health(request)).status_code != 200:
             return health
-        assert self.service is not None
-        for name in self.service.names:
-            model = self.service.model(name)
-            if model.metrics()["waiting"] >= model.config.queue_size:
+        service = self.open_service
+        for name in service.names:
+            model = service.model(name)
+            if (await service.metrics(name))["waiting"] >= model.config.queue_size:
                 return _json({"status": "busy", "model": name}, 503)
         return _json({"status": "ok"})
 
+    async def _openapi(self, request: Request) -> Response:
+        described = [
+            (method, route.path)
+            for route in self.app.routes
+            if isinstance(route, Route) and route.path not in _PAGE
+            for method in sorted((route.methods or set()) - {"HEAD"})
+        ]
+        return _json(description(described))
+
     async def _metrics(self, request: Request) -> Response:
         service = self.open_service
-        engines = {name: service.model(name).metrics() for name in service.names}
+        engines = {name: await service.metrics(name) for name in service.names}
         text = metrics.prometheus_of_many(engines)
         text += "".join(f"{line}\n" for line in self._traffic.prometheus())
         return Response(text, media_type="text/plain; version=0.0.4")

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=meaning)
     for option, _, meaning in _MODEL_NUMBERS:
         add(option, type=int, metavar="N", help=meaning)
+    add("--in-process", action="store_true", help="no worker process of its own for each model")
     add("--quiet", action="store_true", help="no line for each request")
 
 
@@ -208,6 +209,7 @@ def models_of(asked: argparse.Namespace) -> dict[str, ModelConfig]:
     given = vars(asked)
     fields = {field: given[option[2:].replace("-", "_")] for option, field, _ in _MODEL_NUMBERS}
     fields = {name: value for name, value in fields.items() if value is not None}
+    fields["isolation"] = "none" if asked.in_process else "process"
     models = {}
     for model in asked.models or [None]:
         name, path = (None, None) if model is None else _named(model)

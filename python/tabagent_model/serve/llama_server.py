@@ -72,7 +72,7 @@ async def slots(service: Service, query: Mapping[str, str]) -> list[dict[str, An
             "is_processing": slot["request_id"] is not None,
             **slot,
         }
-        for number, slot in enumerate(model.slots())
+        for number, slot in enumerate(await service.slots(query.get("model")))
     ]
 
 

@@ -115,6 +115,13 @@ class Service:
     ) -> list[int]:
         return await self.model(model).tokenize(text, add_bos, special)
 
+    async def metrics(self, model: str | None = None) -> dict[str, Any]:
+        """In a thread, for a model in a process of its own may take its time to answer."""
+        return await asyncio.to_thread(self.model(model).metrics)
+
+    async def slots(self, model: str | None = None) -> list[dict[str, int | None]]:
+        return await asyncio.to_thread(self.model(model).slots)
+
     async def detokenize(
         self, tokens: Sequence[int], *, model: str | None = None, special: bool = False
     ) -> str:
@@ -234,17 +241,6 @@ def _name(name: object) -> str:
         return name
     message = f"a model's name must be 1 to 200 printable characters, got {name!r:.60}"
     raise InvalidRequestError(message, name="models")
-
-
-def _prompt_fields(fields: ChatFields) -> PromptFields:
-    """Without what is about the answer."""
-    return cast("PromptFields", {k: v for k, v in fields.items() if k in _PROMPT_FIELDS})
-
-
-_PROMPT_FIELDS = {
-    *("tools", "tool_choice", "parallel_tool_calls", "template", "enable_thinking"),
-    *("reasoning_format", "chat_template_kwargs", "continue_final_message"),
-}
 
 
 def _with_seeds(config: GenerationConfig | None, n: int) -> list[GenerationConfig]:
