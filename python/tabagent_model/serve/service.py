@@ -243,6 +243,17 @@ def _name(name: object) -> str:
     raise InvalidRequestError(message, name="models")
 
 
+def _prompt_fields(fields: ChatFields) -> PromptFields:
+    """Without what is about the answer."""
+    return cast("PromptFields", {k: v for k, v in fields.items() if k in _PROMPT_FIELDS})
+
+
+_PROMPT_FIELDS = {
+    *("tools", "tool_choice", "parallel_tool_calls", "template", "enable_thinking"),
+    *("reasoning_format", "chat_template_kwargs", "continue_final_message"),
+}
+
+
 def _with_seeds(config: GenerationConfig | None, n: int) -> list[GenerationConfig]:
     """A seed of its own for each, if there is one; a random one is chosen for each anyway."""
     config = config or GenerationConfig()
