@@ -21,8 +21,9 @@ from .hardware import MIB, Gpu, Machine, shown
 if TYPE_CHECKING:
     from .params import ModelConfig
 
-N_UBATCH = 512
-"""Rows that llama.cpp computes in one go, at most."""
+ROWS = 512
+PLAIN_ROWS = 128
+"""Rows that llama.cpp computes in one go, at most; on a CPU without flash attention."""
 BYTES_PER_WORD = 160
 """Of a token, and of a merge: llama.cpp keeps both as text in several tables."""
 BYTES_OF_BOOKKEEPING = 12 * MIB
@@ -275,12 +276,13 @@ class _Estimating:
         """
         facts, sizes = self.facts, self.sizes
         cells = _padded(estimate.n_ctx)
-        rows = min(self.config.n_batch, N_UBATCH, cells * estimate.max_parallel)
+        is_flash = estimate.flash_attn != "off"
+        most = ROWS if is_flash or estimate.gpu_layers else max(PLAIN_ROWS, estimate.max_parallel)
+        rows = min(self.config.n_batch, most, cells * estimate.max_parallel)
         width: int = facts["n_embd"]
         heads: int = facts["n_head"]
         query: int = heads * sizes["head_dim_k"]
         keys: int = facts["n_head_kv"] * (sizes["head_dim_k"] + sizes["head_dim_v"])
-        is_flash = estimate.flash_attn != "off"
         scores = 0 if is_flash else cells * heads
         attention = 3 * width + 3 * query + keys + scores
         forward: int = 5 * width + 3 * sizes["n_ff"]

@@ -139,7 +139,7 @@ impl Attention {
         };
         let same_sequences =
             self.kv_type == config.kv_type || sequences(self.kv_type) == sequences(KvType::F16);
-        let rows = u64::from(config.n_batch.min(512));
+        let rows = u64::from(config.n_batch.min(self.flash_attn.rows_at_once(config.n_seq_max)));
         let cells = u64::from(config.n_ctx.next_multiple_of(N_CTX_STEP));
         let scores = rows * cells * u64::from(heads.count) * 4;
         let has_room = config.flash_attn == self.flash_attn
@@ -157,9 +157,7 @@ fn depth(n_ctx: u32) -> u32 {
 /// How long the attention of one layer takes: of one token of a prompt, and of one of the answer.
 ///
 /// Both grow with the depth, and evenly enough that one look in the middle of a typical use is
-/// enough: a prompt of half the context, then an answer of a quarter. A step of a prompt is as long
-/// as a real one: plain attention computes all its rows up to the depth of the last, so the longer
-/// the step, the more of it is for nothing.
+/// enough: a prompt of half the context, then an answer of a quarter.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Timing {
     pub attention: Attention,
@@ -167,8 +165,17 @@ pub struct Timing {
     pub answer_token: Duration,
 }
 
-/// Rows of a step that reads a long prompt.
-const ROWS: u32 = 512;
+/// Rows of a prompt that are computed together. Plain attention computes all of them up to the depth of
+/// the last, so the more they are the more of it is for nothing; with fewer, the weights are read more
+/// often than the products take.
+const FLASH_ROWS: u32 = 512;
+const PLAIN_ROWS: u32 = 128;
+
+impl FlashAttention {
+    pub fn rows_at_once(self, n_seq_max: u32) -> u32 {
+        if self == FlashAttention::Off { PLAIN_ROWS.max(n_seq_max) } else { FLASH_ROWS }
+    }
+}
 
 /// Windows without a neighbour are enough when there were so many, and hopeless after so many others.
 const NUM_CALM: u32 = 3;
@@ -240,7 +247,7 @@ impl Stopwatch {
 
     /// Keeps the least of what was seen before and now.
     fn time(&mut self, timing: &mut Timing) -> Result<()> {
-        let rows = ROWS.min(self.n_ctx / 2);
+        let rows = timing.attention.flash_attn.rows_at_once(1).min(self.n_ctx / 2);
         let prompt = self.look(timing.attention, rows, self.n_ctx / 4 + rows / 2)? / rows;
         let answer = self.look(timing.attention, 1, self.n_ctx / 8 * 5)?;
         timing.prompt_token = timing.prompt_token.min(prompt);

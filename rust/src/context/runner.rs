@@ -185,10 +185,14 @@ impl LlamaRunner {
             n if takes_turns => Some(Pool::shared(n)?),
             n => Some(Pool::new(n)?),
         };
+        let rows_at_once = match model.gpu_layers() {
+            0 => config.flash_attn.rows_at_once(n_seq_max),
+            _ => FlashAttention::On.rows_at_once(n_seq_max),
+        };
         let params = ContextParams {
             n_ctx: n_ctx_all,
             n_batch: config.n_batch,
-            n_ubatch: config.n_batch.min(512),
+            n_ubatch: config.n_batch.min(rows_at_once),
             n_seq_max,
             n_outputs_max: n_seq_max,
             n_threads: n_threads as i32,
