@@ -1,4 +1,4 @@
-"""Prompts that have ended processes elsewhere (fault cases P01 to P11), on a real engine.
+"""Prompts that have ended processes elsewhere (fault cases P01 to P16), on a real engine.
 
 After each case the reference prompt still gets the reference answer.
 """
@@ -185,6 +185,31 @@ def test_p11_control_words_become_tokens_only_when_asked(model):
     assert model.detokenize(asked) == ""
     assert model.detokenize(asked, special=True) == "<|im_end|>"
     assert len(model.tokenize("<|im_end|>", add_bos=False)) > 1
+
+
+def test_p13_an_enormous_message_is_refused_before_it_is_rendered(model):
+    with pytest.raises(InvalidRequestError, match="`messages` must be at most 16777216 bytes"):
+        model.chat([{"role": "user", "content": "x" * (64 << 20)}])
+
+
+@pytest.mark.parametrize("stop", [[""], ["x"] * 10_000, ["x" * (1 << 20)]])
+def test_p14_stop_strings_have_limits(model, stop):
+    with pytest.raises(InvalidRequestError, match="`stop` must be at most 64 strings") as refused:
+        model.generate(REFERENCE, stop=stop)
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
+        {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}},
+        {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+    ],
+)
+def test_p16_images_and_sounds_are_refused_and_never_fetched(model, part):
+    with pytest.raises(InvalidRequestError, match=r"`messages\[0\].content` must be text"):
+        model.chat([{"role": "user", "content": [{"type": "text", "text": "What?"}, part]}])
 
 
 def test_a_text_far_too_long_is_refused_before_it_is_tokenized(model):
