@@ -71,6 +71,7 @@ def lines(prompt):
     yield "One"
     if prompt == "SIGSEGV":
         os.kill(os.getpid(), signal.SIGSEGV)
+        time.sleep(60)  # another thread may have to hear it first
     if prompt == "abort":
         os.write(2, b"ggml.c:12: GGML_ASSERT(a == b) failed\\n")
         os.abort()

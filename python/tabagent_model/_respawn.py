@@ -341,7 +341,9 @@ class Keeper:
             error = ModelNotLoadedError(f"no worker could be started: {error!r}")
         with self._changed:
             self._is_starting = False
-            if isinstance(error, WorkerCrashedError) and not self._is_closed:
+            if self._is_closed:
+                self._changed.notify_all()  # the courier says goodbye
+            elif isinstance(error, WorkerCrashedError):
                 self._go_on_after(error)
             else:
                 self._give_up(error)
