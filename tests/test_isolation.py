@@ -813,6 +813,7 @@ def test_ctrl_c_is_not_for_the_worker():
         "{then}",
         """
 try:
+    print("interrupt me", flush=True)
     while True: next(models[0][1])
 except KeyboardInterrupt:
     models[0][1].close()
@@ -826,7 +827,8 @@ except KeyboardInterrupt:
         start_new_session=True,
     ) as host:
         assert host.stdout is not None
-        host.stdout.readline()
+        while host.stdout.readline() != "interrupt me\n":
+            pass
         os.killpg(host.pid, signal.SIGINT)
         said, _ = host.communicate(timeout=20)
     assert (host.returncode, said) == (0, f"{ANSWER} 0\n")
