@@ -9,22 +9,25 @@ import pytest
 
 import tabagent_model
 
+# What begins with a point lies in the same folder.
 MAY_IMPORT = {
     "errors": set(),
     "results": set(),
     "params": {"errors"},
     "metrics": set(),
-    "_json": set(),
-    "_json_schema": {"_json"},
-    "_kinds": {"_json", "_json_schema"},
-    "_pydantic": {"_kinds", "errors"},
-    "_hints": {"_kinds", "_pydantic", "errors"},
-    "schema": {"_hints", "_json", "_json_schema", "_kinds", "errors"},
-    "_docstring": set(),
-    "tools": {"_docstring", "_hints", "_json", "_kinds", "_prompt", "errors"},
-    "tool_loop": {
-        *("_prompt", "errors", "params", "tools"),
-        *("model", "results"),  # for type checkers only
+    "schema/_json": set(),
+    "schema/_json_schema": {"._json"},
+    "schema/_kinds": {"._json", "._json_schema"},
+    "schema/_pydantic": {"._kinds", "errors"},
+    "schema/_hints": {"._kinds", "._pydantic", "errors"},
+    "schema/__init__": {"._hints", "._json", "._json_schema", "._kinds", "errors"},
+    "schema/_docstring": set(),
+    "tools": {
+        *("_prompt", "errors", "schema._docstring", "schema._hints", "schema._json"),
+        "schema._kinds",
+    },
+    "tool_loop": {  # the model and results for type checkers only
+        *("_prompt", "errors", "model", "params", "results", "tools"),
     },
     "pin": {"_courier"},
     "_cache": set(),
@@ -37,86 +40,87 @@ MAY_IMPORT = {
     "stream": {"_courier", "errors", "results", "schema"},  # the schema for type checkers only
     "_crowd": {"_courier", "errors", "results", "stream"},
     "hardware": {"_native", "errors"},
-    "_estimate": {"_attention", "_core", "errors", "hardware", "params"},
-    "placement": {"_core", "_estimate", "errors", "hardware", "params"},
+    "placement/_estimate": {"_attention", "_core", "errors", "hardware", "params"},
+    "placement/__init__": {"._estimate", "_core", "errors", "hardware", "params"},
     "advice": {"errors", "hardware", "params"},
-    "_ledger": {
-        *("_core", "_courier", "_estimate", "errors", "hardware"),
-        *("placement",),  # for type checkers only
+    "placement/_ledger": {  # placement for type checkers only
+        *("._estimate", "_core", "_courier", "errors", "hardware", "placement"),
     },
-    "_climb": {
-        *("_core", "_courier", "_estimate", "_ledger", "_native", "errors", "hardware"),
+    "placement/_climb": {
+        *("._estimate", "._ledger", "_core", "_courier", "_native", "errors", "hardware"),
         *("params", "placement"),
     },
-    "_frames": {"errors", "results"},
-    "_spawn": {"errors"},
-    "_child": {"_core", "_frames", "_spawn", "errors", "params"},
-    "_verdicts": {"_cache", "_native", "errors", "params"},
-    "_respawn": {"_child", "_frames", "_spawn", "_verdicts", "errors", "params"},
-    "_remote": {
-        *("_child", "_core", "_courier", "_frames", "_respawn"),
-        *("_verdicts", "errors", "params"),
+    "isolation/frames": {"errors", "results"},
+    "isolation/spawn": {"errors"},
+    "isolation/child": {".frames", ".spawn", "_core", "errors", "params"},
+    "isolation/verdicts": {"_cache", "_native", "errors", "params"},
+    "isolation/respawn": {".child", ".frames", ".spawn", ".verdicts", "errors", "params"},
+    "isolation/remote": {
+        *(".child", ".frames", ".respawn", ".verdicts", "_core", "_courier", "errors"),
+        "params",
     },
     "_loading": {
-        *("_climb", "_core", "_courier", "_ledger", "_log", "_remote"),
-        *("errors", "params", "stream"),
+        *("_core", "_courier", "_log", "errors", "isolation", "params", "placement"),
+        *("placement._ledger", "stream"),
     },
-    "worker": {"_core", "_frames", "_loading", "errors", "params", "stream"},
+    "isolation/worker": {".frames", "_core", "_loading", "errors", "params", "stream"},
     "_session_file": {"_core", "errors", "model"},  # the model for type checkers only
-    "chat": {
-        *("_courier", "_options", "_prompt", "_session_file", "errors"),
-        *("model", "params", "results", "stream"),  # the model for type checkers only
+    "chat": {  # the model for type checkers only
+        *("_courier", "_options", "_prompt", "_session_file", "errors", "model", "params"),
+        *("results", "stream"),
     },
     "model": {
-        *("_core", "_courier", "_crowd", "_loading", "_log", "_options", "_prompt", "_remote"),
-        *("chat", "errors", "metrics", "params", "pin", "results", "stream", "tool_loop"),
-        "serve.transport",
+        *("_core", "_courier", "_crowd", "_loading", "_log", "_options", "_prompt", "chat"),
+        *("errors", "isolation.remote", "metrics", "params", "pin", "results"),
+        *("serve.transport", "stream", "tool_loop"),
     },
-    "_pool": {"errors", "params"},
-    "_snapshots": {"_session_file", "chat", "errors", "model"},  # both for type checkers only
-    "_keeper": {"_loading", "_pool", "_snapshots", "errors", "model", "params"},
-    "manager": {"_keeper", "_pool", "_prompt", "_snapshots", "errors", "model", "params"},
+    "manager/_pool": {"errors", "params"},
+    "manager/_snapshots": {  # both for type checkers only
+        *("_session_file", "chat", "errors", "model"),
+    },
+    "manager/_keeper": {"._pool", "._snapshots", "_loading", "errors", "model", "params"},
+    "manager/__init__": {
+        *("._keeper", "._pool", "._snapshots", "_prompt", "errors", "model", "params"),
+    },
     "testing": {"errors", "params", "results"},
     "_package": {"errors"},
     "compat": {
-        *("_core", "_package", "_prompt", "errors", "model", "params"),
-        *("serve._request", "serve._shapes"),
+        *("_core", "_package", "_prompt", "errors", "model", "params", "serve._request"),
+        "serve._shapes",
     },
     "serve/service": {"_prompt", "errors", "model", "params", "results", "stream"},
-    "serve/_request": {"_prompt", "errors", "params", "serve.service"},  # for type checkers only
+    "serve/_request": {".service", "_prompt", "errors", "params"},  # for type checkers only
     "serve/_shapes": {"_core", "results"},
-    "serve/openai": {"errors", "results", "serve._request", "serve._shapes", "serve.service"},
-    "serve/__init__": {"_package", "model", "serve.config", "serve.http", "serve.service"},
+    "serve/openai": {"._request", "._shapes", ".service", "errors", "results"},
+    "serve/__init__": {".config", ".http", ".service", "_package", "model"},
     "serve/config": {"errors", "params"},
-    "serve/anthropic": {"results", "serve._request", "serve.openai", "serve.service"},
-    "serve/responses": {"results", "serve._request", "serve.openai", "serve.service"},
-    "serve/llama_server": {"serve._request", "serve.openai", "serve.service"},
+    "serve/anthropic": {"._request", ".openai", ".service", "results"},
+    "serve/responses": {"._request", ".openai", ".service", "results"},
+    "serve/llama_server": {"._request", ".openai", ".service"},
     "serve/openapi": {"_core"},
-    "serve/guard": {"serve.config", "serve.openai"},
-    "serve/sse": {"serve.config", "serve.guard"},
-    "serve/wire": {"serve.config", "serve.openai", "serve.sse"},
+    "serve/guard": {".config", ".openai"},
+    "serve/sse": {".config", ".guard"},
+    "serve/wire": {".config", ".openai", ".sse"},
     "serve/http": {
-        *("metrics", "serve.anthropic", "serve.config", "serve.guard", "serve.llama_server"),
-        *("serve.openai", "serve.openapi", "serve.responses", "serve.service"),
-        "serve.sse",
+        *(".anthropic", ".config", ".guard", ".llama_server", ".openai", ".openapi"),
+        *(".responses", ".service", ".sse", "metrics"),
     },
     "serve/listen": {
-        *("_package", "errors", "model", "params"),
-        *("serve.config", "serve.http", "serve.service", "serve.wire"),
+        *(".config", ".http", ".service", ".wire", "_package", "errors", "model", "params"),
     },
-    "serve/transport": {"_package", "model", "serve.openai", "serve.service"},
+    "serve/transport": {".openai", ".service", "_package", "model"},
 }
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_a_module_imports_only_from_the_floors_below(name: str):
     text = (Path(tabagent_model.__file__).parent / f"{name}.py").read_text()
-    home = "." if "/" not in name else ".."
+    top = ".." if "/" in name else "."
     found = set()
     for dots, module, names in re.findall(
         r"^\s*from (\.+)([\w.]*) import (.+)", text, re.MULTILINE
     ):
-        floor = "" if dots == home else "serve."
+        floor = "" if dots == top else "."
         modules = [module] if module else [part.split()[0] for part in names.split(",")]
         found |= {floor + each for each in modules}
     assert found <= MAY_IMPORT[name]

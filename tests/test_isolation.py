@@ -34,13 +34,11 @@ from tabagent_model import (
     QueueFullError,
     TabAgentModelError,
     WorkerCrashedError,
-    _child,
-    _respawn,
-    _spawn,
-    _verdicts,
     errors,
 )
-from tabagent_model._frames import (
+from tabagent_model.isolation import child as starting
+from tabagent_model.isolation import respawn, spawn, verdicts
+from tabagent_model.isolation.frames import (
     MAX_FRAME,
     RemoteEvent,
     Wire,
@@ -59,7 +57,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no wo
 WORKER = """
 import json, os, signal, sys, time; sys.path[:] = json.loads(sys.argv[1])
 from pathlib import Path
-from tabagent_model import worker
+from tabagent_model.isolation import worker
 from tabagent_model.errors import OutOfMemoryError, QueueFullError
 from tabagent_model.testing import ScriptedContext
 
@@ -145,12 +143,12 @@ ANSWER = "One, two."
 def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
     """The workers of a test are scripted, and may do something more when they load."""
     monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
-    monkeypatch.setattr(_verdicts, "_crashes", {})
-    monkeypatch.setattr(_verdicts, "_verdicts", {})
-    monkeypatch.setattr(_respawn, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(verdicts, "_crashes", {})
+    monkeypatch.setattr(verdicts, "_verdicts", {})
+    monkeypatch.setattr(respawn, "BACKOFF_S", 0.0)
 
     def loading(what: str) -> None:
-        monkeypatch.setattr(_spawn, "_PROGRAM", WORKER.replace("LOADING", what))
+        monkeypatch.setattr(spawn, "_PROGRAM", WORKER.replace("LOADING", what))
 
     loading("pass")
     return loading
@@ -261,7 +259,7 @@ def test_an_end_in_the_middle_is_an_end(ends: tuple[socket.socket, Wire], sent: 
 def test_a_message_that_is_too_large_is_not_sent(
     ends: tuple[socket.socket, Wire], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("tabagent_model._frames.MAX_FRAME", 100)
+    monkeypatch.setattr("tabagent_model.isolation.frames.MAX_FRAME", 100)
     with pytest.raises(ProtocolError, match="100"):
         ends[1].send({"a": "x" * 100})
 
@@ -541,7 +539,7 @@ def tokenized_again(model: Model) -> str | None:
 
 
 def test_another_version_is_refused(scripted: Callable[[str], None], monkeypatch: Any):
-    monkeypatch.setattr(_child, "PROTOCOL", 99)
+    monkeypatch.setattr(starting, "PROTOCOL", 99)
     with pytest.raises(WorkerCrashedError, match="'protocol': 99"):
         Model.load(isolation="process")
 
@@ -619,8 +617,8 @@ def test_the_third_death_within_a_minute_is_a_quarantine_until_a_probe_goes_well
     with Model.load(model.config, n_ctx=32) as other:  # with other settings it is another matter
         assert other.generate("Count").text == ANSWER
     # Another process hears of it, too.
-    _verdicts._crashes.clear()
-    _verdicts._verdicts.clear()
+    verdicts._crashes.clear()
+    verdicts._verdicts.clear()
     with pytest.raises(ModelQuarantinedError):
         Model.load(model.config)
     with Model.load(model.config, probe=True) as again:
@@ -672,7 +670,7 @@ def test_no_more_is_held_than_may_wait(model: Model, scripted: Callable[[str], N
 def test_a_worker_that_cannot_be_started_again_is_tried_when_it_is_wanted(
     model: Model, scripted: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_respawn, "TICK_S", 0.01)
+    monkeypatch.setattr(respawn, "TICK_S", 0.01)
     scripted("raise OutOfMemoryError('no', needed=3, free=2)")
     with pytest.raises(WorkerCrashedError):
         model.generate("SIGSEGV")
@@ -765,8 +763,9 @@ def test_a_model_that_nobody_holds_ends_its_worker():
 
 HOST = """
 import os, sys, threading, time
-from tabagent_model import Model, _spawn
-_spawn._PROGRAM = sys.argv[1]
+from tabagent_model import Model
+from tabagent_model.isolation import spawn
+spawn._PROGRAM = sys.argv[1]
 models = []
 def load():
     model = Model.load(isolation="process")
@@ -793,7 +792,7 @@ print(models[0][0].info()["worker_pid"], flush=True)
 def test_the_worker_ends_with_its_parent(then: str):
     program = HOST.replace("{then}", then)
     with subprocess.Popen(
-        [sys.executable, "-c", program, _spawn._PROGRAM],
+        [sys.executable, "-c", program, spawn._PROGRAM],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -821,7 +820,7 @@ except KeyboardInterrupt:
 """,
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program, _spawn._PROGRAM],
+        [sys.executable, "-c", program, spawn._PROGRAM],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -859,7 +858,7 @@ stream.close()
 print(model.generate("Count").text, model.metrics()["worker_restarts"])
 """
     done = subprocess.run(
-        [sys.executable, "-c", HOST.replace("{then}", then), _spawn._PROGRAM],
+        [sys.executable, "-c", HOST.replace("{then}", then), spawn._PROGRAM],
         capture_output=True,
         text=True,
         timeout=30,

@@ -22,8 +22,8 @@ from tabagent_model import (
     OutOfMemoryError,
     QueueFullError,
 )
-from tabagent_model._pool import PATIENCE, Member, Order, Pool, Ticket
 from tabagent_model.manager import seconds_of
+from tabagent_model.manager._pool import PATIENCE, Member, Order, Pool, Ticket
 
 GIB = 2**30
 

@@ -21,10 +21,10 @@ from machines import (
     UNUSED_GPU,
 )
 from tabagent_model import ModelConfig, estimate
-from tabagent_model._estimate import Header
 from tabagent_model.errors import GpuNotAvailableError, InvalidRequestError
 from tabagent_model.hardware import GIB, MIB, Machine
 from tabagent_model.placement import Rung, gpu_settings, ladder, margin_on, rungs_of
+from tabagent_model.placement._estimate import Header
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _native  # before everything else: it loads the native libraries
-from ._keeper import ManagedModel, ModelEvent, ModelUsage
 from .chat import AsyncSession, Session
 from .errors import (
     BackendError,
@@ -54,6 +53,7 @@ from .errors import (
     WorkerCrashedError,
 )
 from .manager import AsyncModelManager, ModelManager
+from .manager._keeper import ManagedModel, ModelEvent, ModelUsage
 from .model import AsyncModel, Model, inspect
 from .params import GenerationConfig, ModelConfig
 from .pin import Pin
@@ -72,10 +72,10 @@ from .stream import AsyncChatStream, AsyncTextStream, ChatStream, TextStream
 
 if TYPE_CHECKING:
     from . import advice, hardware, placement
-    from ._ledger import memory
     from .advice import recommend
     from .hardware import GpuContext, Machine
     from .placement import estimate
+    from .placement._ledger import memory
     from .schema import Schema
     from .tool_loop import ToolEvent, ToolResult, ToolRun
     from .tools import Tool
@@ -99,7 +99,7 @@ _LATER = {
     "advice": "advice",
     "estimate": "placement",
     "hardware": "hardware",
-    "memory": "_ledger",
+    "memory": "placement._ledger",
     "placement": "placement",
     "recommend": "advice",
 }

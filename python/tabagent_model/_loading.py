@@ -53,7 +53,7 @@ async def open_model_async(
 def placement_of(native: object) -> dict[str, Any]:
     """Where the loader put a model, why, and what it tried before; of one that it loaded, here or
     in a worker."""
-    from ._ledger import LEDGER
+    from .placement._ledger import LEDGER
 
     entry = LEDGER.entry_of(native)
     told: dict[str, Any] = getattr(native, "placement", {}) if entry is None else entry.facts()
@@ -107,13 +107,13 @@ class _Loading(threading.Thread):
     def _load(self) -> Loaded:
         config = self._config
         if config.isolation == "process" or self._probe:
-            from . import _remote
+            from .isolation import remote
 
             if config.isolation == "process":
-                return _remote.open_isolated(
+                return remote.open_isolated(
                     config, self._progress, lambda: self._is_wanted, self._probe
                 )
-            _remote.probe(config, lambda: self._is_wanted)
+            remote.probe(config, lambda: self._is_wanted)
         context, model = load_here(config, self._progress)
         if not self._is_wanted:
             model.unload()
@@ -127,7 +127,7 @@ class _Loading(threading.Thread):
 
 def load_here(config: ModelConfig, progress: Callable[[float], bool]) -> Loaded:
     """Into this process."""
-    from . import _climb  # here: only a load needs what it imports
+    from .placement import _climb  # here: only a load needs what it imports
 
     return _climb.load(config, progress)
 

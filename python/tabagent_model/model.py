@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from ._core import PyModel, UnloadReport
-    from ._remote import RemoteModel
     from .chat import ChatPrompt, _Session
+    from .isolation.remote import RemoteModel
     from .tool_loop import OnEvent, ToolRun
 
 T = TypeVar("T")

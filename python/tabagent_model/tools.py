@@ -21,12 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ._docstring import Docstring
-from ._hints import Kinds, description_of
-from ._json import Mismatch, must_be, read
-from ._kinds import MISSING, Anything, Field, Record
 from ._prompt import json_text, sound_text
 from .errors import InvalidRequestError
+from .schema._docstring import Docstring
+from .schema._hints import Kinds, description_of
+from .schema._json import Mismatch, must_be, read
+from .schema._kinds import MISSING, Anything, Field, Record
 
 Bind = Callable[[Any], Callable[[], Any]]
 

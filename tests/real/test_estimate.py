@@ -14,8 +14,8 @@ import pytest
 
 from gguf_shapes import Shape, hollow_gguf
 from tabagent_model import Model, ModelConfig, _core, estimate, hardware, memory
-from tabagent_model._estimate import Estimate
 from tabagent_model.hardware import MIB
+from tabagent_model.placement._estimate import Estimate
 
 pytestmark = pytest.mark.model
 

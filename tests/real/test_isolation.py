@@ -270,7 +270,7 @@ def program(after_load: str) -> str:
     return f"""
 import json, sys; sys.path[:] = json.loads(sys.argv[1])
 import ctypes
-from tabagent_model import worker
+from tabagent_model.isolation import worker
 from tabagent_model._loading import load_here
 
 def load(config, progress):

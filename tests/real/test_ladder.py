@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 
 from machines import CARD_6, FULL_GPU, NO_GPU
-from tabagent_model import Model, ModelConfig, _ledger, hardware
-from tabagent_model._ledger import Ledger
+from tabagent_model import Model, ModelConfig, hardware
 from tabagent_model.errors import GpuNotAvailableError, OutOfMemoryError
 from tabagent_model.hardware import GIB, MIB, Machine, Memory
+from tabagent_model.placement import _ledger
+from tabagent_model.placement._ledger import Ledger
 
 pytestmark = pytest.mark.model
 

@@ -20,10 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakSet
 
-from . import _spawn
-from ._child import Child
-from ._frames import Message, RemoteEvent, pack
-from .errors import (
+from ..errors import (
     ForkedProcessError,
     GenerationTimeoutError,
     InvalidRequestError,
@@ -34,10 +31,13 @@ from .errors import (
     TabAgentModelError,
     WorkerCrashedError,
 )
+from .child import Child
+from .frames import Message, RemoteEvent, pack
+from .spawn import disown
 
 if TYPE_CHECKING:
-    from ._verdicts import Verdict
-    from .params import ModelConfig
+    from ..params import ModelConfig
+    from .verdicts import Verdict
 
 log = logging.getLogger("tabagent_model")
 
@@ -423,7 +423,7 @@ def _close_all() -> None:
 
 def _disown_all() -> None:
     """In a forked child: what was loaded belongs to the parent."""
-    _spawn.disown()
+    disown()
     for keeper in list(_keepers):
         keeper.disown()
 

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from . import _core
-from .errors import InvalidRequestError
-from .hardware import MIB, Gpu, Machine, shown
+from .. import _core
+from ..errors import InvalidRequestError
+from ..hardware import MIB, Gpu, Machine, shown
 
 if TYPE_CHECKING:
-    from .params import ModelConfig
+    from ..params import ModelConfig
 
 ROWS = 512
 PLAIN_ROWS = 128
@@ -250,7 +250,7 @@ class _Estimating:
 
     def _attention(self, free: int | None, may_measure: bool) -> tuple[str, str]:
         """As the context will choose it (`rust/src/context/attention.rs`)."""
-        from . import _attention
+        from .. import _attention
 
         wished = (self.config.flash_attn, self.wish.kv_type)
         settings = self._settings(*wished)

@@ -18,17 +18,17 @@ from math import inf
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
-from ._keeper import Estimate, Keeper, M, ManagedModel, ModelEvent, ModelUsage, Teller
-from ._pool import PRIORITIES, Member, Pool, Ticket, Wish
-from ._prompt import sound_text
-from .errors import (
+from .._prompt import sound_text
+from ..errors import (
     InvalidRequestError,
     ModelNotFoundError,
     ModelNotLoadedError,
     QueueTimeoutError,
 )
-from .model import AsyncModel, Model, _config_of, _in_executor, inspect
-from .params import ModelConfig, ModelFields, Priority, checked_whole
+from ..model import AsyncModel, Model, _config_of, _in_executor, inspect
+from ..params import ModelConfig, ModelFields, Priority, checked_whole
+from ._keeper import Estimate, Keeper, M, ManagedModel, ModelEvent, ModelUsage, Teller
+from ._pool import PRIORITIES, Member, Pool, Ticket, Wish
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

@@ -19,8 +19,8 @@ from itertools import count
 from math import inf
 from typing import Literal, NamedTuple
 
-from .errors import ModelBusyError, ModelNotLoadedError, NoRoomError, QueueFullError
-from .params import Priority
+from ..errors import ModelBusyError, ModelNotLoadedError, NoRoomError, QueueFullError
+from ..params import Priority
 
 State = Literal["unloaded", "loading", "loaded", "draining", "unloading"]
 Wish = Literal["use", "load", "swap", "unload"]

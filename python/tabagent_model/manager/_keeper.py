@@ -19,18 +19,18 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from ._loading import Loaded, open_model
+from .._loading import Loaded, open_model
+from ..errors import ForkedProcessError, InternalError, InvalidRequestError
+from ..model import AsyncModel, Model
+from ..params import ModelConfig, Priority, checked_whole
 from ._pool import Member, Order, Pool, State, Ticket
-from .errors import ForkedProcessError, InternalError, InvalidRequestError
-from .model import AsyncModel, Model
-from .params import ModelConfig, Priority, checked_whole
 
 if TYPE_CHECKING:
     import logging
     from concurrent.futures import Future
 
+    from ..model import _Base
     from ._snapshots import Snapshots
-    from .model import _Base
 
 M = TypeVar("M", Model, AsyncModel)
 Estimate = Callable[[ModelConfig], int]

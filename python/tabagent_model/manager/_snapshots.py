@@ -11,12 +11,12 @@ import tempfile
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
-from ._session_file import engine_of, forget_identity, identity_of
-from .errors import TabAgentModelError
+from .._session_file import engine_of, forget_identity, identity_of
+from ..errors import TabAgentModelError
 
 if TYPE_CHECKING:
-    from .chat import _Session
-    from .model import _Base
+    from ..chat import _Session
+    from ..model import _Base
 
 Where = Literal["memory", "disk"]
 

@@ -1,6 +1,6 @@
 """The child of `isolation="process"`: an engine that is asked over a socket (docs/protocol.md).
 
-`_child.py` starts it, and it ends when its parent does. Three threads: one hears, one tells the
+`child.py` starts it, and it ends when its parent does. Three threads: one hears, one tells the
 events of each step in one frame, one says that it is alive. Calls that may take time have a few
 more, so that an abort never waits behind them.
 """
@@ -20,15 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from . import _core
-from ._frames import PROTOCOL, Message, Wire, pack, told_error, told_of, unpack
-from ._loading import load_here, placement_of
-from .errors import InvalidRequestError, ProtocolError
-from .params import ModelConfig
-from .stream import LONG_TEXT
+from .. import _core
+from .._loading import load_here, placement_of
+from ..errors import InvalidRequestError, ProtocolError
+from ..params import ModelConfig
+from ..stream import LONG_TEXT
+from .frames import PROTOCOL, Message, Wire, pack, told_error, told_of, unpack
 
 if TYPE_CHECKING:
-    from ._loading import Loaded
+    from .._loading import Loaded
 
 Load = Callable[[ModelConfig, Callable[[float], bool]], "Loaded"]
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from collections.abc import Set as AbstractSet
 from typing import Any, Literal, Union
 
+from ..errors import InvalidRequestError
 from ._kinds import (
     MISSING,
     Anything,
@@ -31,7 +32,6 @@ from ._kinds import (
     is_json,
 )
 from ._pydantic import Pydantic, adopted, free_name, is_adapter
-from .errors import InvalidRequestError
 
 
 class Kinds:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 
-from .errors import BackendError
+from ..errors import BackendError
 
 
 def command() -> list[str]:
@@ -106,7 +106,7 @@ _spawner: SimpleQueue[Callable[[], None]] | None = None
 
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    "from tabagent_model.worker import main; main(sys.argv[2:])"
+    "from tabagent_model.isolation.worker import main; main(sys.argv[2:])"
 )
 # The first bytes of a worker's notes are the last line of its log, written by `rust/src/log.rs`;
 # behind them is what it wrote to its stderr.

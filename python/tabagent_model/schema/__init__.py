@@ -15,11 +15,11 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..errors import InvalidRequestError
 from ._hints import Kinds
 from ._json import UnfinishedJson, must_be, read
 from ._json_schema import one_of
 from ._kinds import MISSING, Anything, Choice, Kind
-from .errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -15,9 +15,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import errors
-from .errors import InternalError, ProtocolError, TabAgentModelError, TokenizationError
-from .results import Logprobs
+from .. import errors
+from ..errors import InternalError, ProtocolError, TabAgentModelError, TokenizationError
+from ..results import Logprobs
 
 PROTOCOL = 1
 MAX_FRAME = 64 * 2**20

@@ -21,13 +21,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from . import _core
-from ._frames import PROTOCOL, Answer, Message, RemoteEvent, Wire, error_of, event_of, pack, unpack
-from ._spawn import command, last_line, new_notes, spawned
-from .errors import LoadCancelledError, ProtocolError, WorkerCrashedError
+from .. import _core
+from ..errors import LoadCancelledError, ProtocolError, WorkerCrashedError
+from .frames import PROTOCOL, Answer, Message, RemoteEvent, Wire, error_of, event_of, pack, unpack
+from .spawn import command, last_line, new_notes, spawned
 
 if TYPE_CHECKING:
-    from .params import ModelConfig
+    from ..params import ModelConfig
 
 
 # Until its first word: Python has to start, perhaps on a busy machine.

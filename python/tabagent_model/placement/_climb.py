@@ -1,4 +1,4 @@
-"""Loads a model into this process: walks the ladder of `placement.py` until a rung holds."""
+"""Loads a model into this process: walks the ladder until a rung holds."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _core, _ledger, _native
-from ._estimate import Header
-from .errors import (
+from .. import _core, _native
+from ..errors import (
     ContextTooSmallError,
     ModelCorruptedError,
     OutOfMemoryError,
     TabAgentModelError,
 )
-from .placement import Rung, gpu_settings, ladder
+from ..placement import Rung, gpu_settings, ladder
+from . import _ledger
+from ._estimate import Header
 
 if TYPE_CHECKING:
-    from ._core import PyModel
-    from ._courier import Context
-    from .hardware import Machine
-    from .params import ModelConfig
+    from .._core import PyModel
+    from .._courier import Context
+    from ..hardware import Machine
+    from ..params import ModelConfig
 
 _log = logging.getLogger("tabagent_model")
 _MAY_BE_MEMORY = (OutOfMemoryError, ContextTooSmallError, ModelCorruptedError)

@@ -15,17 +15,17 @@ from contextlib import suppress
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from . import _child, _core
-from ._child import Child
-from ._frames import RemoteEvent, unpack
-from ._respawn import Keeper, start
-from ._verdicts import Verdict
-from .errors import ModelNotLoadedError, TabAgentModelError, WorkerCrashedError
+from .. import _core
+from ..errors import ModelNotLoadedError, TabAgentModelError, WorkerCrashedError
+from .child import Child, calling
+from .frames import RemoteEvent, unpack
+from .respawn import Keeper, start
+from .verdicts import Verdict
 
 if TYPE_CHECKING:
-    from ._core import PyModel, UnloadReport
-    from ._courier import Context
-    from .params import ModelConfig
+    from .._core import PyModel, UnloadReport
+    from .._courier import Context
+    from ..params import ModelConfig
 
 # How long a look at the counters may take before the last ones have to do.
 GLIMPSE_S = 1.0
@@ -201,7 +201,7 @@ def try_out(config: ModelConfig, is_wanted: Callable[[], bool], verdict: Verdict
         described = child.load(lambda fraction: None, is_wanted)
         ids = [0]
         for text in _CORPUS:
-            question, _ = _child.calling("model", "tokenize", [text, True, True], {})
+            question, _ = calling("model", "tokenize", [text, True, True], {})
             with suppress(TabAgentModelError):  # refusing a text is no crash
                 ids += child.settle(question, is_wanted)
         if (context := described["context"]) is not None:

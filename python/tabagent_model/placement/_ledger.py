@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import _core, hardware
+from .. import _core, hardware
+from ..errors import OutOfMemoryError
+from ..hardware import Gpu, Machine, Memory, shown
 from ._estimate import Estimate, Share
-from .errors import OutOfMemoryError
-from .hardware import Gpu, Machine, Memory, shown
 
 if TYPE_CHECKING:
-    from ._core import PyModel
-    from ._courier import Context
-    from .placement import Rung
+    from .._core import PyModel
+    from .._courier import Context
+    from ..placement import Rung
 
 
 @dataclass(frozen=True)

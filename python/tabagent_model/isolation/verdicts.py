@@ -17,14 +17,14 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _native
-from ._cache import Cache
-from .errors import ModelQuarantinedError, WorkerCrashedError
+from .. import _native
+from .._cache import Cache
+from ..errors import ModelQuarantinedError, WorkerCrashedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .params import ModelConfig
+    from ..params import ModelConfig
 
 CRASHES, WITHIN_S = 3, 60.0
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+from ..errors import InvalidRequestError
 from ._kinds import MISSING, Anything, Field, Kind, explained, grown_fields
-from .errors import InvalidRequestError
 
 
 def is_adapter(hint: Any) -> bool:

@@ -22,15 +22,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import hardware
+from .. import hardware
+from ..errors import GpuNotAvailableError, InvalidRequestError
+from ..hardware import GIB, MIB, Gpu, Machine, kind_of, shown
 from ._estimate import Estimate, Header, Wish, checked_machine, estimate_of
-from .errors import GpuNotAvailableError, InvalidRequestError
-from .hardware import GIB, MIB, Gpu, Machine, kind_of, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .params import ModelConfig, ModelFields
+    from ..params import ModelConfig, ModelFields
 
 CPU_MARGIN = 64 * MIB
 
@@ -93,7 +93,7 @@ def rungs_of(
     **fields: Unpack[ModelFields],
 ) -> tuple[Rung, ...]:
     """The ladder for what `Model.load` would be given."""
-    from .params import ModelConfig
+    from ..params import ModelConfig
 
     if isinstance(model, ModelConfig):
         config = model.with_fields(**fields)
