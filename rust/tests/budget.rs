@@ -67,6 +67,26 @@ fn a_short_prompt_is_read_in_larger_pieces() {
 }
 
 #[test]
+fn who_arrives_waits_for_half_a_second_at_most() {
+    let mut budget = Budget::new(MOST);
+    assert_eq!(budget.rows_undisturbed(), MOST);
+    budget.took(0, MOST, seconds(0, MOST));
+    for rows in [128, 240, 242] {
+        assert_eq!(budget.rows_undisturbed(), rows);
+        budget.took(0, rows, seconds(0, rows));
+    }
+}
+
+#[test]
+fn with_nobody_there_pieces_are_large_enough_to_be_of_use() {
+    let (mut quick, mut slow) = (Budget::new(MOST), Budget::new(MOST));
+    quick.took(0, MOST, Duration::from_millis(100));
+    slow.took(0, MOST, Duration::from_secs(60));
+    assert_eq!(quick.rows_undisturbed(), MOST);
+    assert_eq!(slow.rows_undisturbed(), 128);
+}
+
+#[test]
 fn reading_never_stops() {
     let mut budget = experienced();
     for _ in 0..50 {

@@ -1,11 +1,15 @@
-//! How many prompt tokens a step takes along while others are generating.
+//! How many prompt tokens a step takes along.
 //!
-//! Reading a prompt in large pieces is efficient, and a pause for everybody who is in the middle of an
+//! Whoever arrives during a step waits for its end, so with nobody else there it is still a step of half
+//! a second, where a processor is that slow. Beside those who are generating it is a shorter one: reading a prompt in large pieces is efficient, and a pause for everybody who is in the middle of an
 //! answer. So the piece is chosen such that a step takes a few times as long as one without prompts:
 //! few for a long prompt, whose end is far; more for a short one, which is soon read.
 
 use std::time::Duration;
 
+/// Seconds that somebody who arrives may have to wait for, and the rows that are worth a step anyway.
+const UNDISTURBED: f64 = 0.5;
+const WORTHWHILE: usize = 128;
 /// So many times as long, where no more people wait for their first token than for their next.
 const BESIDE_LONG: f64 = 3.0;
 const BESIDE_SHORT: f64 = 24.0;
@@ -40,15 +44,12 @@ impl Budget {
         let slowdown = if num_tokens > self.most { BESIDE_LONG } else { BESIDE_SHORT };
         let allowed = step * (1.0 + (slowdown - 1.0) * crowd) * SAFETY;
         let left = allowed - step - self.pass().unwrap_or(step);
-        let sizes = (0..=like(self.most)).rev().map(|size| 1 << size);
-        let fitting = sizes.filter_map(|rows| {
-            let cost = self.row_cost(rows)?;
-            (cost * rows as f64 <= left).then_some(((left / cost) as usize).min(rows * 2 - 1))
-        });
-        match self.per_row.iter().any(Option::is_some) {
-            true => fitting.max().unwrap_or(0).clamp(LEAST, self.most),
-            false => self.most,
-        }
+        self.fitting(left, LEAST)
+    }
+
+    /// The tokens for a step in which nobody generates.
+    pub fn rows_undisturbed(&self) -> usize {
+        self.fitting(UNDISTURBED, WORTHWHILE)
     }
 
     /// A step with so many who generated, and so many prompt tokens, took `elapsed`.
@@ -58,7 +59,7 @@ impl Budget {
             let known = &mut self.generating[like(num_generating).min(8)];
             // A single disturbed step says little.
             *known = Some(known.map_or(seconds, |old| old * 0.8 + seconds.min(old * 2.0) * 0.2));
-        } else if let Some(pass) = self.pass() {
+        } else if let Some(pass) = self.pass().or((prompt_rows >= WORTHWHILE).then_some(0.0)) {
             // Prompt rows need a pass of their own: llama.cpp computes only equal counts together.
             let step = self.step(num_generating).filter(|_| num_generating > 0);
             let rest = (seconds - pass - step.unwrap_or(0.0)).max(seconds * 0.2);
@@ -66,6 +67,19 @@ impl Budget {
             let known = &mut self.per_row[like(prompt_rows)];
             *known = Some(known.map_or(row, |old| (old + row) / 2.0));
         }
+    }
+
+    /// The largest piece that takes at most so long, as far as that is known.
+    fn fitting(&self, seconds: f64, least: usize) -> usize {
+        if self.per_row.iter().all(Option::is_none) {
+            return self.most;
+        }
+        let sizes = (0..=like(self.most)).map(|size| 1 << size);
+        let fitting = sizes.filter_map(|rows| {
+            let cost = self.row_cost(rows)?;
+            (cost * rows as f64 <= seconds).then_some(((seconds / cost) as usize).min(rows * 2 - 1))
+        });
+        fitting.max().unwrap_or(0).max(least).min(self.most)
     }
 
     /// Of one token in a piece of so many: as it was, as in the next smaller piece, or a guess from the

@@ -456,7 +456,7 @@ impl Runner for LlamaRunner {
     fn prompt_rows(&self, num_tokens: usize, num_generating: usize, num_prompts: usize) -> usize {
         // Another context that waits for its turn is a neighbour like any other.
         match num_generating.max(usize::from(self.takes_turns && Turn::is_contended())) {
-            0 => self.limits.n_batch,
+            0 => self.budget.rows_undisturbed(),
             n => self.budget.rows(num_tokens, n, num_prompts),
         }
     }
