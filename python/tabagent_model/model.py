@@ -206,12 +206,18 @@ class _Base:
         return self._courier
 
     @property
+    def _open_native(self) -> PyModel | None:
+        if self._courier is not None:
+            self._courier.check()
+        return self._native
+
+    @property
     def _is_isolated(self) -> bool:
         return self._config.isolation == "process"
 
     @property
     def _tokenizer(self) -> PyModel | Context:
-        return self._open_context if self._native is None else self._native
+        return self._open_native or self._open_context
 
     def _request(
         self, prompt: Prompt, config: GenerationConfig | None, given: GenerationFields
@@ -273,7 +279,7 @@ class _Base:
 
     @property
     def _renderer(self) -> PyModel:
-        renderer = self._native or self._open_context
+        renderer = self._open_native or self._open_context
         if not hasattr(renderer, "render_chat"):
             raise TemplateError("a context alone has no chat template; load the model with `load`")
         return cast("PyModel", renderer)

@@ -76,6 +76,9 @@ pub enum Error {
     #[error("{what} is not loaded")]
     ModelNotLoaded { what: String },
 
+    #[error("the model was unloaded")]
+    ModelUnloaded,
+
     #[error("the model was loaded by process {owner}; this is its forked child {child}")]
     ForkedProcess { owner: u32, child: u32 },
 
@@ -113,6 +116,7 @@ impl Error {
                 Some("ask another model, or ask this one when the hook has returned".into())
             }
             Error::ModelNotLoaded { .. } => Some("call `load()` first".into()),
+            Error::ModelUnloaded => Some("load it again".into()),
             Error::ForkedProcess { .. } => {
                 Some("load the model in the child, or start it with the `spawn` method".into())
             }

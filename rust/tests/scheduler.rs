@@ -31,7 +31,7 @@ fn panicked() -> Error {
 }
 
 fn unloaded() -> Error {
-    Error::ModelNotLoaded { what: "the model (it was unloaded meanwhile)".into() }
+    Error::ModelUnloaded
 }
 
 /// How many slots have rows in a batch, and how many rows each: sorted.
@@ -913,12 +913,27 @@ fn a_panic_that_cannot_be_recovered_from_closes_the_context() {
     assert_eq!(engine.answer(1), failed([], &panicked()));
     assert_eq!(engine.answer(2), failed([], &unloaded()));
     let refused = engine.try_submit(3, &[10], greedy()).unwrap_err();
-    assert!(matches!(refused, Error::ModelNotLoaded { .. }), "{refused}");
+    assert!(matches!(refused, Error::ModelUnloaded), "{refused}");
     assert_eq!(engine.context.metrics().waiting, 0);
     engine.context.close();
 }
 
 // ---- leaving ---------------------------------------------------------------------------------
+
+#[test]
+fn an_id_is_refused_as_long_as_a_request_has_it() {
+    let mut engine = Engine::new(Setup { gate: Some(1), ..one_slot() });
+    engine.submit(1, &[10], greedy());
+    engine.submit(2, &[20], greedy());
+    for id in [1, 2] {
+        let refused = engine.try_submit(id, &[30], greedy()).unwrap_err();
+        let message = format!("`request_id` must be one that no request under way has, got {id}");
+        assert_eq!(refused.to_string(), message);
+    }
+    engine.stage.open();
+    engine.answers([1, 2]);
+    engine.try_submit(1, &[10], greedy()).unwrap();
+}
 
 #[test]
 fn closing_tells_everybody_and_then_nothing_more() {
@@ -940,7 +955,7 @@ fn closing_tells_everybody_and_then_nothing_more() {
     engine.context.close();
     engine.context.abort(1);
     let refused = engine.try_submit(4, &[10], greedy()).unwrap_err();
-    assert_eq!(refused.to_string(), "the model of this context is not loaded");
+    assert_eq!(refused.to_string(), "the model was unloaded");
 }
 
 #[test]

@@ -20,6 +20,7 @@ mod slots;
 mod state;
 mod text;
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -84,6 +85,8 @@ pub struct Shared {
     pub outbox: Arc<Outbox>,
     interrupt: Interrupt,
     is_busy: AtomicBool,
+    /// The requests that have not had their last event.
+    under_way: Mutex<HashSet<u64>>,
     /// The requests of a step that takes long; empty during a short one.
     in_long_step: Mutex<Vec<u64>>,
     meter: Meter,
@@ -278,8 +281,8 @@ impl Context {
 
     pub fn model(&self) -> Result<Arc<Model>> {
         self.check_process()?;
-        let gone = || Error::ModelNotLoaded { what: "the model of this context".into() };
-        if self.is_closed() { Err(gone()) } else { self.model.upgrade().ok_or_else(gone) }
+        let model = self.model.upgrade().filter(|_| !self.is_closed());
+        model.ok_or(Error::ModelUnloaded)
     }
 
     pub fn tokenize(&self, text: &str, add_bos: bool) -> Result<Vec<i32>> {
@@ -326,8 +329,7 @@ impl Context {
         self.check_thread("waiting")?;
         let (reply, answer) = channel();
         let _ = lock(&self.commands).send(question(reply));
-        let gone = |_| Error::ModelNotLoaded { what: "the model of this context".into() };
-        answer.recv().map_err(gone)
+        answer.recv().map_err(|_| Error::ModelUnloaded)
     }
 
     /// A number that grows as long as the owner thread gets on, and whether there is work for it.
@@ -365,7 +367,7 @@ impl Context {
         let (prompt, dropped) = self.fitted(prompt, &config)?;
         let commands = lock(&self.commands);
         if self.is_closed() {
-            return Err(Error::ModelNotLoaded { what: "the model of this context".into() });
+            return Err(Error::ModelUnloaded);
         }
         let meter = &self.shared.meter;
         let waiting = meter.waiting.load(Ordering::Relaxed) as usize;
@@ -374,13 +376,16 @@ impl Context {
         if waiting >= self.queue_size + free {
             return Err(Error::QueueFull { waiting });
         }
+        if !lock(&self.shared.under_way).insert(id) {
+            return Err(Error::invalid("request_id", id, "one that no request under way has"));
+        }
         self.shared.entered_queue();
         add(&self.shared.meter.requests, 1);
         let request = Request { id, prompt, dropped, config, breakers, guide, submitted, outbox };
         commands.send(Command::Add(request)).map_err(|_| {
             self.shared.left_queue();
-            let what = "the model of this context (its thread has ended)".into();
-            Error::ModelNotLoaded { what }
+            lock(&self.shared.under_way).remove(&id);
+            Error::ModelUnloaded
         })
     }
 
@@ -503,6 +508,7 @@ impl Shared {
             outbox: Arc::default(),
             interrupt,
             is_busy: AtomicBool::new(false),
+            under_way: Mutex::default(),
             in_long_step: Mutex::default(),
             meter: Meter::default(),
             slots: Mutex::default(),

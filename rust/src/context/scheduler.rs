@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
-use super::Shared;
 use super::message::{Command, Event, Exported, Outbox};
 use super::metrics::add;
 use super::prompt_cache::PromptCache;
@@ -16,6 +15,7 @@ use super::queue::Queue;
 use super::runner::{Limits, Outcome, Row, Runner};
 use super::sequence::{Ending, Sequence};
 use super::slots::Slots;
+use super::{Shared, lock};
 use crate::error::Error;
 use crate::log;
 
@@ -329,6 +329,7 @@ impl<R: Runner> Scheduler<R> {
         if let Some(end) = &event.end {
             self.shared.meter.note_end(end.reason, &end.stats);
         }
+        lock(&self.shared.under_way).remove(&sequence.id);
         self.events.push((sequence.outbox().clone(), event));
     }
 
@@ -348,7 +349,6 @@ impl<R: Runner> Scheduler<R> {
 
     /// Every request gets a last event, also those that we could not finish.
     fn say_goodbye(&mut self) {
-        let error = Error::ModelNotLoaded { what: "the model (it was unloaded meanwhile)".into() };
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Add(request) = command {
                 self.waiting.push(Sequence::new(request, self.limits.n_ctx));
@@ -357,7 +357,7 @@ impl<R: Runner> Scheduler<R> {
         let waiting = self.waiting.drain();
         waiting.iter().for_each(|_| self.shared.left_queue());
         for sequence in std::mem::take(&mut self.running).into_iter().chain(waiting) {
-            self.end(sequence, Ending::Failed(error.clone()));
+            self.end(sequence, Ending::Failed(Error::ModelUnloaded));
         }
         self.tell();
     }

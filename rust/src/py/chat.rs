@@ -24,8 +24,7 @@ impl ChatPrompt {
     }
 
     fn chat(&self) -> Result<Arc<Chat>> {
-        let gone = || Error::ModelNotLoaded { what: "the model of this prompt".into() };
-        self.chat.upgrade().ok_or_else(gone)
+        self.chat.upgrade().ok_or(Error::ModelUnloaded)
     }
 }
 

@@ -57,7 +57,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         Error::GenerationTimeout { .. } => "GenerationTimeoutError",
         Error::QueueTimeout { .. } => "QueueTimeoutError",
         Error::QueueFull { .. } => "QueueFullError",
-        Error::ModelNotLoaded { .. } => "ModelNotLoadedError",
+        Error::ModelNotLoaded { .. } | Error::ModelUnloaded => "ModelNotLoadedError",
         Error::ForkedProcess { .. } => "ForkedProcessError",
         Error::Hardware { .. } => "HardwareError",
         Error::BinaryNotFound { .. } => "BinaryNotFoundError",
