@@ -6,16 +6,17 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import httpx
 
-from tabagent_model import AsyncModel, Model
+from tabagent_model import Model
 from tabagent_model.serve.config import ServerConfig
 from tabagent_model.serve.http import Door
 from tabagent_model.serve.listen import bind, server_of
+from tabagent_model.serve.models import Source
 from tabagent_model.serve.service import Service
 from tabagent_model.testing import ScriptedContext
 
@@ -24,15 +25,14 @@ class Served:
     """Models behind a port; none: a server whose models are still being loaded."""
 
     def __init__(
-        self, models: Model | AsyncModel | Mapping[str, Model | AsyncModel] | None, **rules: Any
+        self, models: Source | None, **rules: Any
     ) -> None:
-        config = ServerConfig(**rules)
-        self.door = Door(config)
+        self.door = Door(ServerConfig(**rules))
         self.door.service = None if models is None else Service(models)
         self._listener = bind("127.0.0.1", 0)
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = server_of(self.door.app, config)
+        self._server = server_of(self.door)
         run = self._server.run
         self._thread = threading.Thread(target=run, kwargs={"sockets": [self._listener]})
 

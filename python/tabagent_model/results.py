@@ -23,6 +23,8 @@ class Usage:
     completion_tokens: int = 0
     total_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    """How many of the answer's tokens were thoughts."""
     dropped_tokens: int = 0
     """What the model no longer saw, because it did not fit the context."""
     dropped_messages: int = 0

@@ -7,9 +7,11 @@ dropped aborts without waiting.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -432,9 +434,15 @@ class ChatAnswer(Answer):
     """How many of the pieces the parser knows."""
     _deltas: Sequence[ChatDelta] = ()
 
+    def __init__(self, request: Request, source: Source) -> None:
+        super().__init__(request, source)
+        self._reached = [(0, 0)]
+        """How many characters, and tokens, there were after each event."""
+
     def take(self, event: Event) -> Sequence[ChatDelta]:
         self._deltas = ()
         super().take(event)
+        self._reached.append((self._reached[-1][0] + len(event.text), len(self.tokens)))
         if self.is_watched and not event.is_last:
             self._deltas = self._feed()
         return self._deltas
@@ -448,8 +456,21 @@ class ChatAnswer(Answer):
         deltas = self._feed()
         found, message = self._parser.finish(raw.finish_reason == "stop")
         self._deltas = [*deltas, *map(ChatDelta.read, found)]
+        if message["reasoning"]:
+            thoughts = self._num_tokens_of(message["reasoning"], raw.text)
+            raw = replace(raw, usage=replace(raw.usage, reasoning_tokens=thoughts))
         calls = raw.finish_reason == "stop" and message["tool_calls"]
         return ChatCompletion.read(raw, message, "tool_calls" if calls else raw.finish_reason)
+
+    def _num_tokens_of(self, part: str, text: str) -> int:
+        """Of a part of the text; by its length where it was put together from several."""
+        if (begin := text.find(part)) < 0:
+            return round(len(self.tokens) * min(len(part) / max(len(text), 1), 1))
+        return self._num_tokens_until(begin + len(part)) - self._num_tokens_until(begin)
+
+    def _num_tokens_until(self, position: int) -> int:
+        at = bisect_left(self._reached, (position, 0))
+        return self._reached[at][1] if at < len(self._reached) else len(self.tokens)
 
     @cached_property
     def _parser(self) -> ChatParser:

@@ -149,11 +149,19 @@ class Child:
         arguments: Sequence[Any] = (),
         keywords: Mapping[str, Any] | None = None,
         within: float | None = None,
+        keep: Callable[[Any], object] = lambda value: None,
     ) -> Any:
-        """Ask and wait, while another thread hears. `queue.Empty` if that takes too long."""
+        """Ask and wait, while another thread hears. `queue.Empty` if that takes too long; `keep`
+        gets the answer also when it is late."""
         question, data = calling(on, method, arguments, keywords or {})
         replies: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
-        self.ask(question, lambda value, error: replies.put((value, error)), data)
+
+        def hear(value: Any, error: Exception | None) -> None:
+            if error is None:
+                keep(value)
+            replies.put((value, error))
+
+        self.ask(question, hear, data)
         value, error = replies.get(timeout=within)
         if error is not None:
             raise error

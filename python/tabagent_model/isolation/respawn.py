@@ -85,6 +85,10 @@ class Keeper:
     def is_closed(self) -> bool:
         return self._is_closed
 
+    @property
+    def is_up(self) -> bool:
+        return self._living is not None
+
     def described(self, what: Literal["model", "context"]) -> Message:
         return self._described[what] or {"facts": {}, "methods": []}
 
@@ -132,6 +136,7 @@ class Keeper:
         arguments: Sequence[Any] = (),
         keywords: Mapping[str, Any] | None = None,
         within: float | None = None,
+        keep: Callable[[Any], object] = lambda value: None,
     ) -> Any:
         """Of the worker; if there is none, of the next, unless the answer must come soon."""
         with self._open():
@@ -143,7 +148,7 @@ class Keeper:
                 self._changed.wait()
                 self._check()
         try:
-            return child.call(on, method, arguments, keywords, within)
+            return child.call(on, method, arguments, keywords, within, keep)
         except WorkerCrashedError as error:
             raise self._told(error) from None
 
@@ -246,7 +251,7 @@ class Keeper:
     def _settle(self, child: Child, request_id: int, request: _Request) -> None:
         """Wait until it is accepted; an event loop does not wait for long."""
         patience: float | None = None
-        if _runs_an_event_loop():
+        if runs_an_event_loop():
             patience = 0.0 if child.is_silent else LATE_S
         try:
             error = request.reply.get(timeout=patience)
@@ -436,7 +441,7 @@ def _failed(request_id: int, error: Exception) -> RemoteEvent:
     return RemoteEvent(request_id, is_last=True, finish_reason="error", error=error)
 
 
-def _runs_an_event_loop() -> bool:
+def runs_an_event_loop() -> bool:
     """Whether others wait as long as this thread does."""
     asyncio = sys.modules.get("asyncio")
     return asyncio is not None and asyncio._get_running_loop() is not None

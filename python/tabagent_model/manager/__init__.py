@@ -27,7 +27,7 @@ from ..errors import (
 )
 from ..model import AsyncModel, Model, _config_of, _in_executor, inspect
 from ..params import ModelConfig, ModelFields, Priority, checked_whole
-from ._keeper import Estimate, Keeper, M, ManagedModel, ModelEvent, ModelUsage, Teller
+from ._keeper import Estimate, Keeper, M, ManagedModel, ModelUsage, OnEvent, Teller
 from ._pool import PRIORITIES, Member, Pool, Ticket, Wish
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class _Manager(Generic[M]):
         queue_size: int = 1024,
         snapshots: Literal["memory", "disk"] | None = None,
         estimate: Estimate | None = None,
-        on_event: Callable[[ModelEvent], object] | None = None,
+        on_event: OnEvent | None = None,
     ) -> None:
         """Hold at most `max_loaded` models, and at most `max_bytes` by what `estimate` says.
 
@@ -85,9 +85,11 @@ class _Manager(Generic[M]):
             raise InvalidRequestError(message, name="snapshots")
         self._keep_alive_s = seconds_of("keep_alive", keep_alive)
         pool = Pool(max_loaded, limit, queue_size)
-        teller = None if on_event is None else Teller(on_event)
+        self._teller = Teller()
+        if on_event is not None:
+            self._teller.watch(on_event)
         self._keeper: Keeper[M] = Keeper(
-            self._kind, pool, Snapshots(snapshots), estimate or estimated_bytes, teller
+            self._kind, pool, Snapshots(snapshots), estimate or estimated_bytes, self._teller
         )
 
     def register_model(
@@ -151,6 +153,10 @@ class _Manager(Generic[M]):
     def usage(self, name: str | None = None) -> ModelUsage:
         """What a model has done so far."""
         return self._keeper.usage(self._name(name))
+
+    def watch(self, on_event: OnEvent) -> Callable[[], object]:
+        """Have `on_event` called as well, until what comes back is called."""
+        return self._teller.watch(on_event)
 
     def pin(self, name: str | None = None) -> None:
         """Let a model stay, once it is loaded, until `unload_model` or `unpin`."""

@@ -85,6 +85,9 @@ class ModelUsage:
     """As `time.time()`; None: never."""
 
 
+OnEvent = Callable[[ModelEvent], object]
+
+
 class Keeper(threading.Thread, Generic[M]):
     """The thread that owns the pool. It ends when the pool was closed and is empty."""
 
@@ -94,7 +97,7 @@ class Keeper(threading.Thread, Generic[M]):
         pool: Pool,
         snapshots: Snapshots,
         estimate: Estimate,
-        teller: Teller | None,
+        teller: Teller,
     ) -> None:
         super().__init__(name="tabagent-manager", daemon=True)
         self.pool = pool
@@ -185,7 +188,7 @@ class Keeper(threading.Thread, Generic[M]):
         if self._is_foreign or _is_exiting:
             return
         self.join()
-        if self._teller is not None and threading.current_thread() is not self._teller:
+        if self._teller.is_alive() and threading.current_thread() is not self._teller:
             self._teller.join(timeout=1.0)
 
     def described(self) -> list[ManagedModel]:
@@ -225,8 +228,7 @@ class Keeper(threading.Thread, Generic[M]):
             self._hear(happen)
         self._has_ended = True
         self._clear_mail()
-        if self._teller is not None:
-            self._teller.stop()
+        self._teller.stop()
 
     def _check(self) -> None:
         if self._is_foreign:
@@ -397,35 +399,45 @@ class Keeper(threading.Thread, Generic[M]):
         began: float,
         error: Exception | None = None,
     ) -> None:
-        if self._teller is not None:
-            seconds = time.monotonic() - began
-            self._teller.tell(ModelEvent(name, step, progress, seconds, error))
+        seconds = time.monotonic() - began
+        self._teller.tell(ModelEvent(name, step, progress, seconds, error))
 
 
 class Teller(threading.Thread):
-    """Calls `on_event`, which may take its time and ask the manager for things."""
+    """Calls those who watch, who may take their time and ask the manager for things. It begins
+    when the first of them comes."""
 
-    def __init__(self, on_event: Callable[[ModelEvent], object]) -> None:
+    def __init__(self) -> None:
+        super().__init__(name="tabagent-events", daemon=True)
+        self._watchers: dict[object, OnEvent] = {}
+        self._mail: SimpleQueue[ModelEvent | None] = SimpleQueue()
+        self._beginning = threading.Lock()
+
+    def watch(self, on_event: OnEvent) -> Callable[[], object]:
         if not callable(on_event):
             message = f"`on_event` must be a function, got a {type(on_event).__name__}"
             raise InvalidRequestError(message, name="on_event")
-        super().__init__(name="tabagent-events", daemon=True)
-        self._on_event = on_event
-        self._mail: SimpleQueue[ModelEvent | None] = SimpleQueue()
-        self.start()
+        watcher = object()
+        with self._beginning:
+            self._watchers[watcher] = on_event
+            if self.ident is None:
+                self.start()
+        return lambda: self._watchers.pop(watcher, None)
 
     def tell(self, event: ModelEvent) -> None:
-        self._mail.put(event)
+        if self._watchers:
+            self._mail.put(event)
 
     def stop(self) -> None:
         self._mail.put(None)
 
     def run(self) -> None:
         while (event := self._mail.get()) is not None:
-            try:
-                self._on_event(event)
-            except Exception:
-                _log().exception("`on_event` failed")
+            for on_event in list(self._watchers.values()):
+                try:
+                    on_event(event)
+                except Exception:
+                    _log().exception("`on_event` failed")
 
 
 def _with_usage_of(model: _Base, usage: ModelUsage) -> ModelUsage:

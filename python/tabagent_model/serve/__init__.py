@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._package import package
@@ -10,18 +9,19 @@ from .._package import package
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from ..model import AsyncModel, Model
     from .config import ServerConfig
+    from .models import Source
 
 
 def app(
-    models: Model | AsyncModel | Mapping[str, Model | AsyncModel],
+    models: Source,
     config: ServerConfig | None = None,
     *,
     default: str | None = None,
     **rules: Any,
 ) -> Starlette:
-    """An ASGI application that answers for these models; they stay the caller's to unload.
+    """An ASGI application that answers for these models, by name, or for those of an
+    `AsyncModelManager`; they stay the caller's to unload.
 
     It can be run by itself, or mounted in a FastAPI or Starlette application. `rules` are the
     fields of ServerConfig. It needs the extra `server`.

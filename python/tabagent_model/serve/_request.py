@@ -8,20 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
 
 from .._prompt import Message, Prompt, checked, checked_messages, is_many
 from ..errors import InvalidRequestError
+from ..manager import Duration, seconds_of
 from ..params import GenerationConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..params import ChatFields
-    from .service import Service
 
 MOST_TOKENS = 32_768
 MOST_ANSWERS = 128
+
+
+class Place(TypedDict):
+    """What a service wants to know of the model that is to answer."""
+
+    model: str
+    num_ctx: int | None
+    keep_alive: Duration | None
 
 
 @dataclass(frozen=True)
@@ -33,18 +41,13 @@ class _Request:
     n: int
     is_streamed: bool
     includes_usage: bool
+    tells_progress: bool
     num_ctx: int | None
+    keep_alive: Duration | None
 
-    def model_in(self, service: Service) -> str:
-        """The name of the model that is meant; a context that it does not have is refused."""
-        name = service.resolve(self.model)
-        n_ctx = service.model(name).n_ctx
-        if self.num_ctx is not None and self.num_ctx > n_ctx:
-            message = (
-                f"num_ctx must be at most {n_ctx}, the context of `{name}`, got {self.num_ctx}"
-            )
-            raise InvalidRequestError(message, name="num_ctx")
-        return name
+    def place(self, model: str) -> Place:
+        """Which model is to answer, by the name that was found to be meant."""
+        return {"model": model, "num_ctx": self.num_ctx, "keep_alive": self.keep_alive}
 
     def summary(self) -> str:
         """One line for a log, without a word of what was said."""
@@ -66,7 +69,9 @@ class _Request:
             "n": body.whole("n", 1, MOST_ANSWERS) or 1,
             "is_streamed": body.flag("stream"),
             "includes_usage": body.inner("stream_options").flag("include_usage"),
+            "tells_progress": body.flag("return_progress"),
             "num_ctx": body.whole("num_ctx", 1, 2**31 - 1),
+            "keep_alive": body.duration("keep_alive"),
         }
 
 
@@ -267,6 +272,13 @@ class Fields(Mapping[str, Any]):
         if text is not None and not isinstance(text, str):
             self.bad(name, "a string", text)
         return text
+
+    def duration(self, name: str) -> Duration | None:
+        """Seconds, or text like "5m"; -1 is for ever."""
+        given = self.raw(name)
+        if given is not None:
+            seconds_of(self._path(name), given)
+        return cast("Duration | None", given)
 
     def choice(self, name: str, choices: Sequence[str]) -> str | None:
         text = self.text(name)

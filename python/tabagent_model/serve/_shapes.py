@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
@@ -11,7 +12,8 @@ from .. import _core
 from ..results import ChatCompletion, ChatDelta, Completion
 
 if TYPE_CHECKING:
-    from ..results import InferenceMetrics, TokenLogprob
+    from ..results import TokenLogprob
+    from .progress import PromptProgress
 
 D = TypeVar("D")
 R = TypeVar("R", bound=Completion)
@@ -37,7 +39,7 @@ class _Shape(Generic[D, R]):
 
     def whole(self, results: Sequence[R]) -> dict[str, Any]:
         choices = [self._choice(index, result) for index, result in enumerate(results)]
-        timings = {"timings": timings_of(results[0].metrics)} if len(results) == 1 else {}
+        timings = {"timings": timings_of(results[0])} if len(results) == 1 else {}
         usage = usage_of(results, self._n)
         return {
             "object": self.whole_object,
@@ -54,6 +56,10 @@ class _Shape(Generic[D, R]):
     def piece(self, index: int, delta: D) -> dict[str, Any]:
         raise NotImplementedError
 
+    def progress(self, index: int, progress: PromptProgress) -> dict[str, Any]:
+        """How far the prompt is read, with a piece that says nothing."""
+        return {**self._nothing(index), "prompt_progress": asdict(progress)}
+
     def last(self, index: int, result: R) -> dict[str, Any]:
         """Why the answer ended."""
         raise NotImplementedError
@@ -64,6 +70,9 @@ class _Shape(Generic[D, R]):
         return {"object": self.chunk_object, **self._head, "choices": [], "usage": usage}
 
     def _choice(self, index: int, result: R) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _nothing(self, index: int) -> dict[str, Any]:
         raise NotImplementedError
 
     def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -106,7 +115,10 @@ class ChatShape(_Shape[ChatDelta, ChatCompletion]):
             "logprobs": chat_logprobs(result.logprobs),
             "finish_reason": result.finish_reason,
         }
-        return self._chunk(choice, timings=timings_of(result.metrics))
+        return self._chunk(choice, timings=timings_of(result))
+
+    def _nothing(self, index: int) -> dict[str, Any]:
+        return self._delta(index, {})
 
     def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return self._chunk(
@@ -146,7 +158,10 @@ class CompletionShape(_Shape[str, Completion]):
 
     def last(self, index: int, result: Completion) -> dict[str, Any]:
         choice = {**self._choice(index, result), "text": ""}
-        return self._chunk(choice, timings=timings_of(result.metrics))
+        return self._chunk(choice, timings=timings_of(result))
+
+    def _nothing(self, index: int) -> dict[str, Any]:
+        return self.piece(index, "")
 
     def _choice(self, index: int, result: Completion) -> dict[str, Any]:
         echo = self._echoes[index] if self._echoes else ""
@@ -163,6 +178,7 @@ def usage_of(results: Sequence[Completion], n: int) -> dict[str, Any]:
     prompts = [result.usage for result in results[::n]]
     prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
     completion_tokens = sum(result.usage.completion_tokens for result in results)
+    reasoning_tokens = sum(result.usage.reasoning_tokens for result in results)
     dropped = {
         name: sum(getattr(result.usage, name) for result in results)
         for name in ("dropped_tokens", "dropped_messages")
@@ -172,13 +188,16 @@ def usage_of(results: Sequence[Completion], n: int) -> dict[str, Any]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "n_ctx": prompts[0].n_ctx,
         **{name: number for name, number in dropped.items() if number},
     }
 
 
-def timings_of(metrics: InferenceMetrics) -> dict[str, float]:
-    """Times under llama-server's names, and how long the request waited for its turn."""
+def timings_of(result: Completion) -> dict[str, float]:
+    """Times under llama-server's names, how long the request waited for its turn, and what it could
+    hold, which may be more than was asked for."""
+    metrics = result.metrics
     read = metrics.prompt_tokens - metrics.cached_tokens
     rate = metrics.tokens_per_second
     decoded = max(metrics.generated_tokens - 1, 0)  # the first token comes with the prompt
@@ -192,6 +211,7 @@ def timings_of(metrics: InferenceMetrics) -> dict[str, float]:
         "predicted_per_second": round(rate, 3),
         "queue_ms": round(metrics.queue_ms, 3),
         "first_token_ms": round(metrics.time_to_first_token_ms, 3),
+        "n_ctx": result.usage.n_ctx,
     }
 
 

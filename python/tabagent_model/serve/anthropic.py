@@ -25,8 +25,8 @@ async def create_message(service: Service, given: object) -> dict[str, Any] | As
     if body.whole("max_tokens", 1, 2**31 - 1) is None:
         body.bad("max_tokens", "a whole number", None)
     asked = ChatRequest.of(chat_body(body))
-    name = asked.model_in(service)
-    answers = service.chat(asked.messages, asked.config, model=name, **asked.fields)
+    name = service.resolve(asked.model)
+    answers = service.chat(asked.messages, asked.config, **asked.place(name), **asked.fields)
     if asked.is_streamed:
         return _events(await answers.start(), name)
     return message_of((await answers.collect())[0], name)
@@ -55,7 +55,10 @@ def chat_body(body: Fields) -> dict[str, Any]:
     system = body.raw("system")
     chat: dict[str, Any] = {
         name: body.raw(name)
-        for name in ("model", "max_tokens", "temperature", "top_p", "top_k", "stream", "priority")
+        for name in (
+            *("model", "max_tokens", "temperature", "top_p", "top_k", "stream", "priority"),
+            *("num_ctx", "keep_alive"),
+        )
     }
     chat["messages"] = (
         [] if system is None else [{"role": "system", "content": _text(body, system)}]

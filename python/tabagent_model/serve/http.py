@@ -1,6 +1,6 @@
 """The HTTP door: the service's routes as an ASGI application.
 
-bytes ──▶ Guard ──▶ route ──▶ {openai, anthropic, responses, llama_server} ──▶ Service
+bytes ──▶ Guard ──▶ route ──▶ {openai, anthropic, responses, llama_server, control} ──▶ Service
                                               │
 bytes ◀── one JSON object, or an EventStream ◀┘
 """
@@ -8,6 +8,7 @@ bytes ◀── one JSON object, or an EventStream ◀┘
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from .. import metrics
-from . import anthropic, llama_server, openai, responses
+from ..errors import ModelNotLoadedError
+from . import anthropic, control, llama_server, openai, responses
 from .config import ServerConfig
 from .guard import ClientGone, Guard, Refusal, Traffic, body_of
 from .openai import json_bytes, read_json
@@ -71,7 +73,7 @@ class Door:
         ]
         retrieve = _Route(self, "GET", openai.retrieve_model)
         routes.append(Route("/v1/models/{model:path}", retrieve, methods=["GET"]))
-        for shapes in (openai, anthropic, responses, llama_server):
+        for shapes in (openai, anthropic, responses, llama_server, control):
             for path, (method, act) in shapes.ROUTES.items():
                 answer = _Route(self, method, act, shapes)
                 routes.append(Route(path, answer, methods=[method]))
@@ -83,17 +85,16 @@ class Door:
         """Whether the models are there; a long prompt does not keep this waiting."""
         if self.service is None:
             return _json({"status": "loading", "progress": round(self.progress, 3)}, 503)
-        is_well = all(self.service.model(name).is_loaded for name in self.service.names)
+        is_well = self.service.models.is_well
         return _json({"status": "ok"}) if is_well else _json({"status": "error"}, 503)
 
     async def _ready(self, request: Request) -> Response:
         """Whether a request would find a place, or one in the queue."""
         if (health := await self._health(request)).status_code != 200:
             return health
-        service = self.open_service
-        for name in service.names:
-            model = service.model(name)
-            if (await service.metrics(name))["waiting"] >= model.config.queue_size:
+        for name, engine in (await self._engines()).items():
+            model = self.open_service.loaded(name)
+            if model is not None and engine["waiting"] >= model.config.queue_size:
                 return _json({"status": "busy", "model": name}, 503)
         return _json({"status": "ok"})
 
@@ -107,11 +108,17 @@ class Door:
         return _json(description(described))
 
     async def _metrics(self, request: Request) -> Response:
-        service = self.open_service
-        engines = {name: await service.metrics(name) for name in service.names}
-        text = metrics.prometheus_of_many(engines)
+        text = metrics.prometheus_of_many(await self._engines())
         text += "".join(f"{line}\n" for line in self._traffic.prometheus())
         return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def _engines(self) -> dict[str, dict[str, Any]]:
+        """The counters of those models that are loaded."""
+        service, counted = self.open_service, {}
+        for name in service.names:
+            with suppress(ModelNotLoadedError):  # or it is unloaded just now
+                counted[name] = await service.metrics(name)
+        return counted
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """`tabagent-model serve`: a socket, the models behind it, and an orderly end.
 
-It listens before the models are loaded, so that `/health` can tell how far they are; SIGTERM or
-Ctrl-C lets answers that are under way end within the grace period, and a second Ctrl-C does not.
+It listens before the first model is loaded, so that `/health` can tell how far that is; the others
+are loaded when somebody wants them. SIGTERM or Ctrl-C lets answers that are under way end within
+the grace period, and a second Ctrl-C does not.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ipaddress
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -23,14 +25,17 @@ from typing import TYPE_CHECKING, Any
 
 from .._package import package
 from ..errors import InvalidRequestError, ServerStartError
-from ..model import AsyncModel
+from ..manager import AsyncModelManager
+from ..model import inspect
 from ..params import ModelConfig, checked_whole
 from .config import ServerConfig
 from .service import Service
 
 if TYPE_CHECKING:
     import uvicorn
-    from starlette.applications import Starlette
+
+    from ..manager._keeper import ModelEvent
+    from .http import Door
 
 log = logging.getLogger("tabagent_model.serve")
 KEYS_VARIABLE = "TABAGENT_API_KEYS"
@@ -40,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `serve` takes."""
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="a GGUF file, or NAME=FILE; the first answers"
-        " those who name none; without any, the bundled tiny model")  # fmt: skip
+        " those who name none, and is loaded at the start; without any, the bundled tiny"
+        " model")  # fmt: skip
     add("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
     add("--port", type=int, default=8080, help="0 takes a free one (%(default)s)")
     add("--api-key-file", type=Path, metavar="FILE", help="a key in each line; also from the"
@@ -58,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=meaning)
     for option, _, meaning in _MODEL_NUMBERS:
         add(option, type=int, metavar="N", help=meaning)
+    add("--models-dir", type=Path, metavar="FOLDER", help="all GGUF files in it, by their names")
+    add("--max-loaded", type=int, default=3, metavar="N",
+        help="models that are loaded at the same time (%(default)s)")  # fmt: skip
+    add("--max-memory-mb", type=int, metavar="N", help="what they may take together")
+    add("--keep-alive", "--ttl", default="-1", metavar="TIME", help="how long a model stays that is"
+        " not used, as in 90s, 5m or 1h30m; -1 is for ever (%(default)s)")  # fmt: skip
     add("--in-process", action="store_true", help="no worker process of its own for each model")
     add("--quiet", action="store_true", help="no line for each request")
 
@@ -93,19 +105,19 @@ def run(asked: argparse.Namespace) -> int:
         **{name: getattr(asked, name) for name, _, _ in _NUMBERS},
     )
     check_safety(asked.host, config, asked.insecure)
-    return serve(
-        models_of(asked), config, bind(asked.host, asked.port), asked.tls_cert, asked.tls_key
-    )
+    manager = manager_of(asked)
+    listener = bind(asked.host, asked.port)
+    return serve(manager, config, listener, asked.tls_cert, asked.tls_key)
 
 
 def serve(
-    models: Mapping[str, ModelConfig],
+    manager: AsyncModelManager,
     config: ServerConfig,
     listener: socket.socket,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
 ) -> int:
-    """Load the models and answer for them on a socket that listens; the exit status."""
+    """Load the default and answer for all models on a socket that listens; the exit status."""
     from .http import Door
 
     door = Door(config)
@@ -113,7 +125,7 @@ def serve(
 
     async def load() -> None:
         try:
-            await _load(door, models)
+            await _load(door, manager)
         except Exception as error:
             failed.append(error)
             server.should_exit = True
@@ -125,12 +137,10 @@ def serve(
         yield
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
-        if door.service is not None:
-            for name in door.service.names:
-                await door.service.model(name).unload()
+        await manager.close()
 
     door.app.router.lifespan_context = lifespan
-    server = server_of(door.app, config, tls_cert, tls_key)
+    server = server_of(door, tls_cert, tls_key)
     try:
         server.config.load()
     except OSError as error:  # ssl's errors are such, too
@@ -143,15 +153,14 @@ def serve(
 
 
 def server_of(
-    app: Starlette,
-    config: ServerConfig,
-    tls_cert: Path | None = None,
-    tls_key: Path | None = None,
+    door: Door, tls_cert: Path | None = None, tls_key: Path | None = None
 ) -> uvicorn.Server:
     """A uvicorn whose connections have limits, and which ends well after a signal."""
     import uvicorn
 
     from .wire import connection_of
+
+    config = door.config
 
     class Server(uvicorn.Server):
         @contextmanager
@@ -167,12 +176,14 @@ def server_of(
                     signal.signal(number, handler)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if door.service is not None:
+                door.service.end_watches()
             await super().shutdown(sockets)
             if (cancelled := self.server_state.tasks) and not self.force_exit:
                 await asyncio.wait(cancelled, timeout=2)  # they tell their clients why they end
 
     settings = uvicorn.Config(
-        app,
+        door.app,
         http=connection_of(config),
         ws="none",
         log_config=None,
@@ -187,39 +198,82 @@ def server_of(
     return Server(settings)
 
 
-async def _load(door: Any, models: Mapping[str, ModelConfig]) -> None:
-    loaded: dict[str, AsyncModel] = {}
+async def _load(door: Door, manager: AsyncModelManager) -> None:
+    """The default, so that what is wrong with it is known at the start."""
 
-    def tell(fraction: float) -> None:
-        door.progress = (len(loaded) + fraction) / len(models)
+    def tell(event: ModelEvent) -> None:
+        if event.step == "load":
+            door.progress = event.progress
 
+    stop = manager.watch(tell)
     try:
-        for name, config in models.items():
-            loaded[name] = await AsyncModel.load(config, on_progress=tell)
-            log.info("`%s` is loaded", name)
-    except BaseException:
-        for model in loaded.values():
-            await model.unload()
-        raise
-    door.service = Service(loaded)
+        await manager.load_model()
+    finally:
+        stop()
+    door.service = Service(manager)
+
+
+def manager_of(asked: argparse.Namespace) -> AsyncModelManager:
+    """A manager that knows what is to be served; nothing is loaded yet."""
+    models = models_of(asked)
+    given = {
+        "max_loaded": asked.max_loaded,
+        "max_bytes": None if asked.max_memory_mb is None else asked.max_memory_mb * 2**20,
+        "keep_alive": asked.keep_alive,
+        "queue_size": asked.queue_size,
+    }
+    fields: Any = {name: value for name, value in given.items() if value is not None}
+    manager = AsyncModelManager(on_event=_log_event, **fields)
+    for name, config in models.items():
+        manager.register_model(name, config)
+    return manager
+
+
+def _log_event(event: ModelEvent) -> None:
+    if event.error is not None:
+        log.warning("`%s` could not be loaded: %.500r", event.model, str(event.error))
+    elif event.progress == 1.0 and event.step in ("load", "unload"):
+        log.info("`%s` is %sed after %.1f s", event.model, event.step, event.seconds)
 
 
 def models_of(asked: argparse.Namespace) -> dict[str, ModelConfig]:
-    """What is to be loaded, by name; a file's own name if no other is given."""
+    """What is to be served, by name; a file's own name if no other is given.
+
+    Those that were named one by one are looked at; what lies in a folder may be anything.
+    """
     given = vars(asked)
     fields = {field: given[option[2:].replace("-", "_")] for option, field, _ in _MODEL_NUMBERS}
     fields = {name: value for name, value in fields.items() if value is not None}
     fields["isolation"] = "none" if asked.in_process else "process"
-    models = {}
-    for model in asked.models or [None]:
-        name, path = (None, None) if model is None else _named(model)
+    found = [] if asked.models_dir is None else files_in(asked.models_dir)
+    bundled = [None] if asked.models_dir is None else []
+    models: dict[str, ModelConfig] = {}
+    for model in [*(asked.models or bundled), *found]:
+        name, path = (None, model) if not isinstance(model, str) else _named(model)
         config = ModelConfig(path, **fields)
-        name = name or Path(config.path).stem
+        name = name or _SHARD.sub("", Path(config.path).stem)
         if name in models:
             message = f"two models are called `{name}`"
             raise InvalidRequestError(message, hint="give one of them as NAME=FILE", name="models")
+        if not isinstance(model, Path):
+            inspect(config.path)
         models[name] = config
     return models
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The model files in a folder and those below it; of one in several files the first."""
+    files = sorted(folder.rglob("*.gguf"), key=lambda path: path.name)
+    shards = ((path, _SHARD.search(path.stem)) for path in files)
+    firsts = [path for path, shard in shards if shard is None or int(shard[1]) == 1]
+    models = [path for path in firsts if not path.name.startswith("mmproj")]
+    if not models:
+        message = f"there is no model in `{folder}`"
+        raise InvalidRequestError(message, hint="put GGUF files there", name="models_dir")
+    return models
+
+
+_SHARD = re.compile(r"-([0-9]{5})-of-[0-9]{5}$")
 
 
 def _named(given: str) -> tuple[str | None, str]:

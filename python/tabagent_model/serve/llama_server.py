@@ -23,8 +23,8 @@ async def tokenize(service: Service, given: object) -> dict[str, Any]:
     )
     if not body.flag("with_pieces"):
         return {"tokens": tokens}
-    model = service.model(name)
-    pieces = [await model.detokenize([token], special=True) for token in tokens]
+    async with service.use(name) as model:
+        pieces = [await model.detokenize([token], special=True) for token in tokens]
     return {
         "tokens": [
             {"id": token, "piece": piece} for token, piece in zip(tokens, pieces, strict=True)
@@ -50,7 +50,7 @@ async def apply_template(service: Service, given: object) -> dict[str, Any]:
 async def props(service: Service, query: Mapping[str, str]) -> dict[str, Any]:
     """What a model is and how it was opened; of its file only the name."""
     name = service.resolve(query.get("model"))
-    facts = service.model(name).info()
+    facts = await service.info(name)
     path = facts.pop("path", "")
     return {
         "model_alias": name,
@@ -58,17 +58,19 @@ async def props(service: Service, query: Mapping[str, str]) -> dict[str, Any]:
         "total_slots": facts.get("max_parallel", 0),
         "default_generation_settings": {"n_ctx": facts.get("n_ctx", 0)},
         "modalities": {"vision": False, "audio": False},
-        **{key: facts[key] for key in facts if key not in ("model", "is_loaded")},
+        **{key: facts[key] for key in facts if key != "model"},
     }
 
 
 async def slots(service: Service, query: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The places for requests that run together, and who has them."""
-    model = service.model(query.get("model"))
+    """The places for requests that run together, and who has them; none, if it is not loaded."""
+    if (model := service.loaded(query.get("model"))) is None:
+        return []
+    n_ctx = model.n_ctx
     return [
         {
             "id": number,
-            "n_ctx": model.n_ctx,
+            "n_ctx": n_ctx,
             "is_processing": slot["request_id"] is not None,
             **slot,
         }

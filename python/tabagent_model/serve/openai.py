@@ -14,7 +14,9 @@ import logging
 import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote
 from uuid import uuid4
@@ -25,6 +27,8 @@ from ..errors import (
     InternalError,
     InvalidRequestError,
     ModelNotFoundError,
+    ModelNotLoadedError,
+    NoRoomError,
     NotSupportedError,
     QueueFullError,
     TabAgentModelError,
@@ -33,10 +37,12 @@ from ..errors import (
 from ..results import Completion
 from ._request import ChatRequest, CompletionRequest
 from ._shapes import ChatShape, CompletionShape
+from .progress import PromptProgress, WithProgress
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ..manager._keeper import ManagedModel
     from .service import Answers, Service
 
 log = logging.getLogger("tabagent_model")
@@ -78,19 +84,20 @@ async def handle(
 
 async def create_chat_completion(service: Service, body: object) -> dict[str, Any] | Events:
     asked = ChatRequest.of(body)
-    shape = ChatShape(asked.model_in(service), asked.n, asked.includes_usage)
+    name = service.resolve(asked.model)
+    shape = ChatShape(name, asked.n, asked.includes_usage)
     log.debug("chat completion: %s", asked.summary())
     answers = service.chat(
-        asked.messages, asked.config, model=asked.model, n=asked.n, **asked.fields
+        asked.messages, asked.config, n=asked.n, **asked.place(name), **asked.fields
     )
     if asked.is_streamed:
-        return Events(await answers.start(), shape)
+        return Events(await answers.start(), shape, asked.tells_progress)
     return shape.whole(await answers.collect())
 
 
 async def create_completion(service: Service, body: object) -> dict[str, Any] | Events:
     asked = CompletionRequest.of(body)
-    name, n = asked.model_in(service), asked.n
+    name, n = service.resolve(asked.model), asked.n
     log.debug("completion: %s", asked.summary())
     echoes: list[str] = []
     for prompt in asked.prompts if asked.echoes else ():
@@ -98,18 +105,22 @@ async def create_completion(service: Service, body: object) -> dict[str, Any] | 
             prompt = await service.detokenize(prompt, model=name)
         echoes += [prompt] * n
     shape = CompletionShape(name, n, asked.includes_usage, echoes)
-    answers = service.complete(asked.prompts, asked.config, model=name, n=n)
+    answers = service.complete(asked.prompts, asked.config, n=n, **asked.place(name))
     if asked.is_streamed:
-        return Events(await answers.start(), shape)
+        return Events(await answers.start(), shape, asked.tells_progress)
     return shape.whole(await answers.collect())
 
 
 async def list_models(service: Service, _: object = None) -> dict[str, Any]:
-    return {"object": "list", "data": [_described(service, name) for name in service.names]}
+    """All of them, loaded or not."""
+    described = [_described(service, each) for each in service.models.described()]
+    return {"object": "list", "data": described}
 
 
 async def retrieve_model(service: Service, name: str) -> dict[str, Any]:
-    return _described(service, service.resolve(name))
+    name = service.resolve(name)
+    found = next(each for each in service.models.described() if each.name == name)
+    return _described(service, found)
 
 
 class Events:
@@ -118,8 +129,13 @@ class Events:
     What goes wrong on the way is an event as well. Closing it ends the request.
     """
 
-    def __init__(self, answers: Answers[Any, Any], shape: ChatShape | CompletionShape) -> None:
-        self._answers = answers
+    def __init__(
+        self,
+        answers: Answers[Any, Any],
+        shape: ChatShape | CompletionShape,
+        tells_progress: bool = False,
+    ) -> None:
+        self._answers = WithProgress(answers) if tells_progress else answers
         self._shape: Any = shape
         numbers = range(len(answers.results))
         self._ready = deque(_event(chunk) for index in numbers for chunk in shape.first(index))
@@ -151,8 +167,11 @@ class Events:
             self._ready.append(_event(refusal_of(error)[1]))
             self._end()
         else:
-            is_last = isinstance(item, Completion)
-            tell = self._shape.last if is_last else self._shape.piece
+            tell = self._shape.piece
+            if isinstance(item, Completion):
+                tell = self._shape.last
+            elif isinstance(item, PromptProgress):
+                tell = self._shape.progress
             self._ready.append(_event(tell(index, item)))
 
     def _end(self) -> None:
@@ -193,6 +212,7 @@ _STATUS: dict[type, int] = {
     NotSupportedError: 400,
     GenerationTimeoutError: 408,
     QueueFullError: 503,
+    NoRoomError: 507,
 }
 _KINDS = {401: "authentication_error", 408: "timeout_error", 503: "overloaded_error"}
 
@@ -253,10 +273,33 @@ def _extra_headers(error: Exception, status: int) -> dict[str, str]:
     return {"retry-after": "1"} if status == 503 else {}
 
 
-def _described(service: Service, name: str) -> dict[str, Any]:
-    n_ctx = service.model(name).info().get("n_ctx")
-    described = {"id": name, "object": "model", "created": service.created, "owned_by": "local"}
-    return described if n_ctx is None else {**described, "context_window": n_ctx}
+def _described(service: Service, model: ManagedModel) -> dict[str, Any]:
+    described = {
+        "id": model.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "local",
+        "status": status_of(service, model),
+    }
+    with suppress(ModelNotLoadedError):
+        described["context_window"] = service.model(model.name).n_ctx
+    return described
+
+
+def status_of(service: Service, model: ManagedModel) -> dict[str, Any]:
+    """How a model is, in llama-server's form; and why it is not loaded, if that went wrong."""
+    status: dict[str, Any] = {
+        "value": model.state,
+        "is_default": model.is_default,
+        "keep_alive_s": -1 if model.keep_alive_s == inf else model.keep_alive_s,
+        "needs_bytes": model.needs_bytes,
+        "num_users": model.num_users,
+        "num_waiting": model.num_waiting,
+    }
+    error = service.models.failures.get(model.name)
+    if model.state == "unloaded" and isinstance(error, Exception):
+        status |= {"failed": True, **refusal_of(error)[1]}
+    return status
 
 
 def _event(chunk: dict[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,11 +12,12 @@ from .. import _core
 def description(routes: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Of these methods and paths."""
     paths: dict[str, Any] = {}
-    for method, path in routes:
-        asked = _BODIES.get(path)
+    for method, route in routes:
+        path, asked = route.replace(":path}", "}"), _BODIES.get(route)
         paths.setdefault(path, {})[method.lower()] = {
-            "operationId": path.strip("/").replace("/", "_").replace("-", "_") or "page",
-            "responses": {"200": {"description": "the answer"}, "default": _REFUSAL},
+            "operationId": re.sub(r"\W+", "_", path.strip("/")).strip("_"),
+            "parameters": _parameters(path),
+            "responses": {"200": _answer(path), "default": _REFUSAL},
             **({} if asked is None else {"requestBody": _body(*asked)}),
         }
     return {
@@ -23,7 +25,21 @@ def description(routes: Iterable[tuple[str, str]]) -> dict[str, Any]:
         "info": {"title": "tabagent_model", "version": _core.__version__},
         "paths": paths,
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"key": []}],
     }
+
+
+def _parameters(path: str) -> list[dict[str, Any]]:
+    if "{model}" in path:
+        return [{"name": "model", "in": "path", "required": True, "schema": _TEXT}]
+    if path in ("/props", "/slots"):
+        return [{"name": "model", "in": "query", "schema": _TEXT}]
+    return []
+
+
+def _answer(path: str) -> dict[str, Any]:
+    kinds = _KINDS.get(path, ["application/json"])
+    return {"description": "the answer", "content": {kind: {} for kind in kinds}}
 
 
 def _body(required: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +55,19 @@ def _whole(low: int, high: int) -> dict[str, Any]:
     return {"type": "integer", "minimum": low, "maximum": high}
 
 
-_REFUSAL = {"description": "a refusal: `error` has `message`, `type`, `param` and `code`"}
+_REFUSAL = {
+    "description": "a refusal: `error` has `message`, `type`, `param` and `code`",
+    "content": {"application/json": {}},
+}
+_JSON_OR_EVENTS = ["application/json", "text/event-stream"]
+_KINDS = {
+    "/v1/chat/completions": _JSON_OR_EVENTS,
+    "/v1/completions": _JSON_OR_EVENTS,
+    "/v1/responses": _JSON_OR_EVENTS,
+    "/v1/messages": _JSON_OR_EVENTS,
+    "/models/sse": ["text/event-stream"],
+    "/metrics": ["text/plain"],
+}
 _TEXT = {"type": "string"}
 _FLAG = {"type": "boolean"}
 _MESSAGES = {
@@ -51,8 +79,11 @@ _MESSAGES = {
         "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": _TEXT},
     },
 }
+_DURATION = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1e9}, {"const": -1}, _TEXT]}
 _SAMPLING: dict[str, Any] = {
     "model": {"type": ["string", "null"]},
+    "num_ctx": _whole(1, 2**31 - 1),
+    "keep_alive": _DURATION,
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
     "top_k": _whole(0, 2**31 - 1),
@@ -72,7 +103,9 @@ _OPENAI: dict[str, Any] = {
     "stream_options": {"type": "object", "properties": {"include_usage": _FLAG}},
     "response_format": {"type": "object"},
     "chat_template_kwargs": {"type": "object"},
+    "return_progress": _FLAG,
 }
+_CONTROL: dict[str, Any] = {"model": _TEXT, "wait": _FLAG}
 _BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "/v1/chat/completions": ("messages", {**_OPENAI, "messages": _MESSAGES}),
     "/v1/completions": ("prompt", {**_OPENAI, "prompt": _TEXT, "echo": _FLAG}),
@@ -93,4 +126,7 @@ _BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "/tokenize": ("content", {"content": _TEXT, "add_special": _FLAG, "with_pieces": _FLAG}),
     "/detokenize": ("tokens", {"tokens": {"type": "array", "items": _whole(0, 2**31 - 1)}}),
     "/apply-template": ("messages", {"messages": _MESSAGES}),
+    "/models/load": ("model", {**_CONTROL, "keep_alive": _DURATION}),
+    "/models/unload": ("model", {**_CONTROL, "grace": _DURATION}),
+    "/models/swap": ("model", {**_CONTROL, "grace": _DURATION}),
 }

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 async def create_response(service: Service, given: object) -> dict[str, Any] | AsyncIterator[bytes]:
     body = Fields(given)
     asked = ChatRequest.of(chat_body(body))
-    name = asked.model_in(service)
-    answers = service.chat(asked.messages, asked.config, model=name, **asked.fields)
+    name = service.resolve(asked.model)
+    answers = service.chat(asked.messages, asked.config, **asked.place(name), **asked.fields)
     response = _response(body, name)
     if asked.is_streamed:
         return _events(await answers.start(), response)
@@ -50,6 +50,7 @@ def chat_body(body: Fields) -> dict[str, Any]:
         for name in (
             *("model", "temperature", "top_p", "stream", "parallel_tool_calls", "top_k", "min_p"),
             *("seed", "priority", "chat_template_kwargs", "enable_thinking"),
+            *("num_ctx", "keep_alive"),
         )
     }
     chat["max_tokens"] = body.raw("max_output_tokens")
@@ -345,7 +346,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.total_tokens,
     }
 

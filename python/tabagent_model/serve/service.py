@@ -1,29 +1,36 @@
 """What can be asked of models, whoever asks: no shapes, no web.
 
 Every door asks here: the OpenAI client in this process, and whatever comes over a wire. All of it
-is asynchronous; a `Model` is asked through an asynchronous face of its own.
+is asynchronous; a `Model` is asked through an asynchronous face of its own. Who has the models is
+in `models.py`; a request holds its model until it has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from .._prompt import Messages, Prompt
-from ..errors import InvalidRequestError, ModelNotFoundError
-from ..model import AsyncModel, Model
+from ..errors import InvalidRequestError, ModelNotFoundError, ModelNotLoadedError
+from ..model import AsyncModel
 from ..params import GenerationConfig, checked_whole
 from ..results import Completion
+from .models import Source, models_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from ..manager import Duration
     from ..params import ChatFields, PromptFields
     from ..results import ChatCompletion, ChatDelta
     from ..stream import AsyncChatStream, AsyncTextStream
+    from .control import Watch
+
+    Stream = AsyncChatStream | AsyncTextStream
 
 D = TypeVar("D")
 R = TypeVar("R", bound=Completion)
@@ -32,44 +39,65 @@ R = TypeVar("R", bound=Completion)
 class Service:
     """Models by name. The first one, or `default`, answers those who name none."""
 
-    def __init__(
-        self,
-        models: Model | AsyncModel | Mapping[str, Model | AsyncModel],
-        default: str | None = None,
-    ) -> None:
-        if isinstance(models, (Model, AsyncModel)):
-            models = {models.info()["model"] or "model": models}
-        if not isinstance(models, Mapping) or not models:
-            message = (
-                f"`models` must be a model or a mapping of names to models, got {models!r:.60}"
-            )
-            raise InvalidRequestError(message, name="models")
-        self._models = {_name(name): _async_face(name, model) for name, model in models.items()}
-        self._default = next(iter(self._models)) if default is None else _name(default)
-        self.model(self._default)
+    def __init__(self, models: Source, default: str | None = None) -> None:
+        self.models = models_of(models, default)
         self.created = int(time.time())
+        self.watches: set[Watch] = set()
+        """Those who are told what happens to the models."""
+        self._left_alone: set[asyncio.Task[None]] = set()
 
     @property
     def names(self) -> list[str]:
-        return list(self._models)
+        return self.models.names
 
     @property
     def default(self) -> str:
-        return self._default
+        return self.models.default
 
     def resolve(self, name: str | None = None) -> str:
         """The name of the model that is meant; none, or "default", is the default."""
-        if isinstance(name, str) and name in self._models:
+        names = self.names
+        if isinstance(name, str) and name in names:
             return name
         if name is None or name in ("", "default"):
-            return self._default
-        known = ", ".join(f"`{known}`" for known in self._models)
+            return self.default
+        known = ", ".join(f"`{known}`" for known in names)
         raise ModelNotFoundError(
             f"there is no model `{name!s:.100}`, there is {known}", name="model"
         )
 
     def model(self, name: str | None = None) -> AsyncModel:
-        return self._models[self.resolve(name)]
+        """One that is loaded. It may be unloaded at any time; `use` prevents that."""
+        return self.models.model(self.resolve(name))
+
+    def loaded(self, name: str | None = None) -> AsyncModel | None:
+        """As `model`; None if it is not loaded."""
+        try:
+            return self.model(name)
+        except ModelNotLoadedError:
+            return None
+
+    @asynccontextmanager
+    async def use(
+        self,
+        name: str | None = None,
+        *,
+        keep_alive: Duration | None = None,
+        num_ctx: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[AsyncModel]:
+        """A model that is loaded, and stays so meanwhile.
+
+        A context that it does not have is refused; that it may have to be loaded for that to be
+        known is the price of asking.
+        """
+        name = self.resolve(name)
+        async with self.models.use(name, keep_alive, timeout_s) as model:
+            if num_ctx is not None and num_ctx > model.n_ctx:
+                most = f"at most {model.n_ctx}, the context of `{name}`"
+                message = f"num_ctx must be {most}, got {num_ctx}"
+                raise InvalidRequestError(message, name="num_ctx")
+            yield model
 
     def chat(
         self,
@@ -78,12 +106,18 @@ class Service:
         *,
         model: str | None = None,
         n: int = 1,
+        keep_alive: Duration | None = None,
+        num_ctx: int | None = None,
         **fields: Unpack[ChatFields],
     ) -> Answers[ChatDelta, ChatCompletion]:
         """`n` answers to a conversation, on their way when the first delta is awaited."""
-        chat = self.model(model).stream_chat
         configs = _with_seeds(config, n)
-        return Answers([chat(messages, each, **fields) for each in configs])
+        held = self.use(
+            model, keep_alive=keep_alive, num_ctx=num_ctx, timeout_s=configs[0].max_queue_wait_s
+        )
+        return Answers(
+            held, lambda model: [model.stream_chat(messages, each, **fields) for each in configs]
+        )
 
     def complete(
         self,
@@ -92,40 +126,68 @@ class Service:
         *,
         model: str | None = None,
         n: int = 1,
+        keep_alive: Duration | None = None,
+        num_ctx: int | None = None,
     ) -> Answers[str, Completion]:
         """`n` answers to each prompt, one prompt's after the other's."""
-        stream = self.model(model).stream
         configs = _with_seeds(config, n)
-        return Answers([stream(prompt, each) for prompt in prompts for each in configs])
+        held = self.use(
+            model, keep_alive=keep_alive, num_ctx=num_ctx, timeout_s=configs[0].max_queue_wait_s
+        )
+        return Answers(
+            held,
+            lambda model: [model.stream(prompt, each) for prompt in prompts for each in configs],
+        )
 
     async def prompt(
         self, messages: Messages, *, model: str | None = None, **fields: Unpack[ChatFields]
     ) -> str:
         """What a conversation makes the model read."""
-        return await self.model(model).apply_chat_template(messages, **_prompt_fields(fields))
+        async with self.use(model) as held:
+            return await held.apply_chat_template(messages, **_prompt_fields(fields))
 
     async def count_tokens(
         self, messages: Messages, *, model: str | None = None, **fields: Unpack[ChatFields]
     ) -> int:
         """How many tokens that is."""
-        return await self.model(model).count_tokens(messages, **_prompt_fields(fields))
+        async with self.use(model) as held:
+            return await held.count_tokens(messages, **_prompt_fields(fields))
 
     async def tokenize(
         self, text: str, *, model: str | None = None, add_bos: bool = True, special: bool = False
     ) -> list[int]:
-        return await self.model(model).tokenize(text, add_bos, special)
+        async with self.use(model) as held:
+            return await held.tokenize(text, add_bos, special)
+
+    async def detokenize(
+        self, tokens: Sequence[int], *, model: str | None = None, special: bool = False
+    ) -> str:
+        async with self.use(model) as held:
+            return await held.detokenize(tokens, special)
 
     async def metrics(self, model: str | None = None) -> dict[str, Any]:
-        """In a thread, for a model in a process of its own may take its time to answer."""
+        """Of one that is loaded; in a thread, for a worker may take its time to answer."""
         return await asyncio.to_thread(self.model(model).metrics)
 
     async def slots(self, model: str | None = None) -> list[dict[str, int | None]]:
         return await asyncio.to_thread(self.model(model).slots)
 
-    async def detokenize(
-        self, tokens: Sequence[int], *, model: str | None = None, special: bool = False
-    ) -> str:
-        return await self.model(model).detokenize(tokens, special)
+    def remember(self, task: asyncio.Task[None]) -> None:
+        """Keep a task alive that nobody waits for."""
+        self._left_alone.add(task)
+        task.add_done_callback(self._left_alone.discard)
+
+    def end_watches(self) -> None:
+        """Nothing else would end those who watch."""
+        for watch in list(self.watches):
+            watch.end()
+
+    async def info(self, model: str | None = None) -> dict[str, Any]:
+        """What a model is and how it was opened; little, if it is not loaded."""
+        loaded = self.loaded(model)
+        if loaded is None:
+            return {"model": self.resolve(model), "is_loaded": False}
+        return await asyncio.to_thread(loaded.info)
 
 
 class Answers(Generic[D, R]):
@@ -135,16 +197,27 @@ class Answers(Generic[D, R]):
     Use it in an `async with`: leaving early cancels all of them.
     """
 
-    def __init__(self, streams: Sequence[AsyncChatStream | AsyncTextStream]) -> None:
-        self.results: list[R | None] = [None] * len(streams)
-        self._streams = streams
+    def __init__(
+        self,
+        held: AbstractAsyncContextManager[AsyncModel],
+        ask: Callable[[AsyncModel], Sequence[Stream]],
+    ) -> None:
+        self.results: list[R | None] = []
+        self._held, self._ask = held, ask
+        self._holding = AsyncExitStack()
+        self._model: AsyncModel | None = None
+        self._streams: Sequence[Stream] = ()
         self._tasks: dict[asyncio.Task[tuple[int, D | R]], int] = {}
-        self._idle = list(range(len(streams)))
+        self._idle: list[int] = []
         """The numbers of those from which nothing is awaited."""
 
     async def start(self) -> Self:
-        """Submit all of them; what is wrong with the request is raised here."""
+        """Have the model, and submit all of them; what is wrong with the request is raised here."""
         try:
+            self._model = await self._holding.enter_async_context(self._held)
+            self._streams = self._ask(self._model)
+            self.results = [None] * len(self._streams)
+            self._idle = list(range(len(self._streams)))
             for stream in self._streams:
                 await stream.__aenter__()
         except BaseException:
@@ -162,6 +235,7 @@ class Answers(Generic[D, R]):
 
     async def __anext__(self) -> tuple[int, D | R]:
         if not self._idle and not self._tasks:
+            await self.aclose()
             raise StopAsyncIteration
         try:
             index, item = await self._next()
@@ -174,16 +248,26 @@ class Answers(Generic[D, R]):
             self._idle.append(index)
         return index, item
 
+    @property
+    def request_ids(self) -> list[int]:
+        return [stream.request_id for stream in self._streams]
+
+    async def slots(self) -> list[dict[str, int | None]]:
+        """The places of the model, once it is there."""
+        assert self._model is not None
+        return await asyncio.to_thread(self._model.slots)
+
     async def aclose(self) -> None:
-        """End what has not ended, and wait until the places are free."""
-        for stream in self._streams:
-            stream.cancel()
-        tasks, self._tasks, self._idle = self._tasks, {}, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for stream in self._streams:
-            await stream.aclose()
+        """End what has not ended, wait until the places are free, and let go of the model."""
+        async with self._holding:
+            for stream in self._streams:
+                stream.cancel()
+            tasks, self._tasks, self._idle = self._tasks, {}, []
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for stream in self._streams:
+                await stream.aclose()
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -212,35 +296,6 @@ class Answers(Generic[D, R]):
         async for piece in stream:
             return index, piece
         return index, stream.result
-
-
-class _Face(AsyncModel):
-    """The asynchronous face of a `Model`, which stays its owner's: what they hold is one dict."""
-
-    __slots__ = ("_model",)
-
-    def __init__(self, model: Model) -> None:
-        self._model = model  # lives as long as this face
-        self.__dict__ = model.__dict__
-
-    def __del__(self) -> None:
-        """The model is closed by its owner."""
-
-
-def _async_face(name: object, model: object) -> AsyncModel:
-    if isinstance(model, AsyncModel):
-        return model
-    if isinstance(model, Model):
-        return _Face(model)
-    message = f"`models[{name!r:.60}]` must be a Model or AsyncModel, got a {type(model).__name__}"
-    raise InvalidRequestError(message, name="models")
-
-
-def _name(name: object) -> str:
-    if isinstance(name, str) and 1 <= len(name) <= 200 and name.isprintable():
-        return name
-    message = f"a model's name must be 1 to 200 printable characters, got {name!r:.60}"
-    raise InvalidRequestError(message, name="models")
 
 
 def _prompt_fields(fields: ChatFields) -> PromptFields:
