@@ -24,9 +24,7 @@ from tabagent_model.testing import ScriptedContext
 class Served:
     """Models behind a port; none: a server whose models are still being loaded."""
 
-    def __init__(
-        self, models: Source | None, **rules: Any
-    ) -> None:
+    def __init__(self, models: Source | None, **rules: Any) -> None:
         self.door = Door(ServerConfig(**rules))
         self.door.service = None if models is None else Service(models)
         self._listener = bind("127.0.0.1", 0)

@@ -66,6 +66,17 @@ async def test_an_answer_comes_in_pieces_of_each_kind(face: MakeFace):
     assert stream.result == await face(ScriptedContext(CALLING)).call("chat", "How is it?")
 
 
+async def test_the_tokens_of_thoughts_are_counted(face: MakeFace):
+    spoken = ["<think>", "Ro", "me", " it", " is.", "</think>", "Rome."]
+    answer = await face(ScriptedContext(spoken)).call("chat", "Where?")
+    assert (answer.reasoning, answer.usage.reasoning_tokens) == ("Rome it is.", 4)
+    twice = ["<think>", "one", "</think>", "A", "<think>", "two", "</think>", "B"]
+    answer = await face(ScriptedContext(twice)).call("chat", "Where?")  # known by its length only
+    assert (answer.reasoning, answer.usage.reasoning_tokens) == ("onetwo", 1)
+    plain = await face(ScriptedContext(["Rome."])).call("chat", "Where?")
+    assert plain.usage.reasoning_tokens == 0
+
+
 async def test_pieces_can_be_watched_while_they_are_collected(face: MakeFace):
     heard: list[str] = []
     stream = face(ScriptedContext(["Be", "cause"])).model.stream_chat("Why?")

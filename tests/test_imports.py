@@ -88,25 +88,35 @@ MAY_IMPORT = {
         *("_core", "_package", "_prompt", "errors", "model", "params", "serve._request"),
         "serve._shapes",
     },
-    "serve/service": {"_prompt", "errors", "model", "params", "results", "stream"},
-    "serve/_request": {".service", "_prompt", "errors", "params"},  # for type checkers only
-    "serve/_shapes": {"_core", "results"},
-    "serve/openai": {"._request", "._shapes", ".service", "errors", "results"},
-    "serve/__init__": {".config", ".http", ".service", "_package", "model"},
+    "serve/models": {"errors", "manager", "manager._keeper", "model"},
+    "serve/service": {  # the control and the manager for type checkers only
+        *(".control", ".models", "_prompt", "errors", "manager", "model", "params", "results"),
+        "stream",
+    },
+    "serve/_request": {"_prompt", "errors", "manager", "params"},
+    "serve/progress": {".service", "errors"},  # the service for type checkers only
+    "serve/_shapes": {".progress", "_core", "results"},  # the progress for type checkers only
+    "serve/openai": {
+        *("._request", "._shapes", ".progress", ".service", "errors", "manager._keeper"),
+        "results",
+    },
+    "serve/__init__": {".config", ".http", ".models", ".service", "_package"},
     "serve/config": {"errors", "params"},
     "serve/anthropic": {"._request", ".openai", ".service", "results"},
     "serve/responses": {"._request", ".openai", ".service", "results"},
     "serve/llama_server": {"._request", ".openai", ".service"},
+    "serve/control": {"._request", ".openai", ".service", "manager", "manager._keeper"},
     "serve/openapi": {"_core"},
     "serve/guard": {".config", ".openai"},
     "serve/sse": {".config", ".guard"},
     "serve/wire": {".config", ".openai", ".sse"},
     "serve/http": {
-        *(".anthropic", ".config", ".guard", ".llama_server", ".openai", ".openapi"),
-        *(".responses", ".service", ".sse", "metrics"),
+        *(".anthropic", ".config", ".control", ".guard", ".llama_server", ".openai", ".openapi"),
+        *(".responses", ".service", ".sse", "errors", "metrics"),
     },
     "serve/listen": {
-        *(".config", ".http", ".service", ".wire", "_package", "errors", "model", "params"),
+        *(".config", ".http", ".service", ".wire", "_package", "errors", "manager"),
+        *("manager._keeper", "model", "params"),
     },
     "serve/transport": {".openai", ".service", "_package", "model"},
 }

@@ -19,8 +19,10 @@ from tabagent_model import (
     InvalidRequestError,
     Model,
     ModelNotFoundError,
+    NoRoomError,
     OutOfMemoryError,
     QueueFullError,
+    QueueTimeoutError,
     TemplateError,
     TokenLogprob,
 )
@@ -64,7 +66,9 @@ def test_a_bare_request_has_the_defaults_of_the_package_and_ends_where_the_model
         n=1,
         is_streamed=False,
         includes_usage=False,
+        tells_progress=False,
         num_ctx=None,
+        keep_alive=None,
         messages=ASKED,
         fields={},
     )
@@ -109,7 +113,9 @@ def test_every_field_of_openai_finds_its_place():
         n=3,
         is_streamed=True,
         includes_usage=True,
+        tells_progress=False,
         num_ctx=None,
+        keep_alive=None,
         messages=ASKED,
         fields={
             "tools": [WEATHER],
@@ -133,6 +139,7 @@ def test_what_local_servers_have_besides_finds_its_place():
         grammar='root ::= "yes"',
         num_ctx=512,
         keep_alive="5m",
+        return_progress=True,
     )
     assert asked.config == GenerationConfig(
         top_k=5,
@@ -143,13 +150,11 @@ def test_what_local_servers_have_besides_finds_its_place():
         priority="high",
         max_tokens=-1,
     )
-    assert (asked.num_ctx, asked.fields) == (
-        512,
-        {
-            "schema": {"grammar": 'root ::= "yes"'},
-            "chat_template_kwargs": {"enable_thinking": False},
-        },
-    )
+    assert (asked.num_ctx, asked.keep_alive, asked.tells_progress) == (512, "5m", True)
+    assert asked.fields == {
+        "schema": {"grammar": 'root ::= "yes"'},
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
 
 
 def test_null_is_as_good_as_absent():
@@ -252,6 +257,13 @@ def test_each_way_to_ask_for_a_form_is_understood(wish: dict[str, Any], schema: 
         ({"top_k": -1}, "`top_k` must be a whole number between 0 and 2147483647, got -1"),
         ({"stop": [""]}, "`stop` must be at most 64 strings of 1 to 1024 characters, got ''"),
         ({"priority": "urgent"}, "`priority` must be one of 'high', 'normal', 'low', got 'urgent'"),
+        (
+            {"keep_alive": "soon"},
+            '`keep_alive` must be seconds, or text like "90s", "5m" or "1h30m"; -1 is for ever; '
+            "got 'soon'",
+        ),
+        ({"keep_alive": True}, None),
+        ({"return_progress": 1}, "return_progress must be true or false, got 1"),
         ({"num_ctx": 0}, "num_ctx must be between 1 and 2147483647, got 0"),
     ],
 )
@@ -308,7 +320,14 @@ def test_a_completion_refuses_by_name(fields: dict[str, Any], name: str):
 
 # What is answered.
 
-USAGE = Usage(prompt_tokens=10, completion_tokens=4, total_tokens=14, cached_tokens=6, n_ctx=64)
+USAGE = Usage(
+    prompt_tokens=10,
+    completion_tokens=4,
+    total_tokens=14,
+    cached_tokens=6,
+    reasoning_tokens=3,
+    n_ctx=64,
+)
 METRICS = InferenceMetrics(
     prompt_tokens=10,
     generated_tokens=4,
@@ -328,12 +347,14 @@ TIMINGS = {
     "predicted_per_second": 100.0,
     "queue_ms": 5.0,
     "first_token_ms": 25.0,
+    "n_ctx": 64,
 }
 COUNTED = {
     "prompt_tokens": 10,
     "completion_tokens": 4,
     "total_tokens": 14,
     "prompt_tokens_details": {"cached_tokens": 6},
+    "completion_tokens_details": {"reasoning_tokens": 3},
     "n_ctx": 64,
 }
 
@@ -496,6 +517,8 @@ def test_logprobs_have_openais_shapes():
         ),
         (GenerationTimeoutError("x"), 408, "timeout_error", "generation_timeout", None),
         (QueueFullError("x"), 503, "overloaded_error", "queue_full", None),
+        (QueueTimeoutError("x"), 503, "overloaded_error", "queue_timeout", None),
+        (NoRoomError("x"), 507, "server_error", "no_room", None),
         (OutOfMemoryError("x"), 500, "server_error", "out_of_memory", None),
         (InternalError("x"), 500, "server_error", "internal_error", None),
     ],
@@ -631,15 +654,25 @@ async def test_each_answer_has_a_seed_of_its_own_if_one_is_given():
 
 async def test_models_are_listed_and_found_by_name(model: Model):
     service = Service({"org/tiny": model, "other": model}, default="other")
-    described = {
+    described: dict[str, Any] = {
         "id": "org/tiny",
         "object": "model",
         "created": service.created,
         "owned_by": "local",
         "context_window": 4096,
+        "status": {
+            "value": "loaded",
+            "is_default": False,
+            "keep_alive_s": -1,
+            "needs_bytes": 0,
+            "num_users": 0,
+            "num_waiting": 0,
+        },
     }
     body = content_of(await handle(service, "GET", "/v1/models"))
-    assert body == {"object": "list", "data": [described, {**described, "id": "other"}]}
+    status = {**described["status"], "is_default": True}
+    other = {**described, "id": "other", "status": status}
+    assert body == {"object": "list", "data": [described, other]}
     reply = await handle(service, "GET", "/v1/models/org%2Ftiny")
     assert content_of(reply) == described
     names = [service.resolve(name) for name in (None, "", "default", "org/tiny")]
@@ -730,6 +763,57 @@ async def test_a_context_that_the_model_does_not_have_is_refused(model: Model):
     reply = await post(Service({"tiny": model}), "/v1/chat/completions", asked)
     message = "num_ctx must be at most 4096, the context of `tiny`, got 8192"
     assert (reply.status, content_of(reply)["error"]["message"]) == (400, message)
+
+
+class SlowReader(ScriptedContext):
+    """Whose slots tell of a prompt that is read in steps; its answer comes after them."""
+
+    def __init__(self, steps: list[int]) -> None:
+        super().__init__(["Be", "cause"])
+        self._steps = iter(steps)
+        self.pause()
+
+    def slots(self) -> list[dict[str, int | None]]:
+        if (held := next(self._steps, None)) is None:
+            self.resume()
+            return []
+        told: dict[str, int | None] = {"held_tokens": held, "prompt_tokens": 9, "cached_tokens": 2}
+        return [{"request_id": self.submitted[0].request_id, **told}]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "empty"),
+    [
+        ("/v1/chat/completions", {"messages": ASKED}, {"delta": {}}),
+        ("/v1/completions", {"prompt": "Why?"}, {"text": ""}),
+    ],
+)
+async def test_a_prompt_that_is_being_read_says_how_far_it_is(path: str, asked: Any, empty: Any):
+    service = Service({"tiny": AsyncModel(SlowReader([2, 5, 5, 9]))})
+    body = {**asked, "stream": True, "return_progress": True}
+    chunks = await events_of(await post(service, path, body))
+    told = [chunk for chunk in chunks if "prompt_progress" in chunk]
+    progress = [chunk["prompt_progress"] for chunk in told]
+    assert [each["processed"] for each in progress] == [2, 5, 9]
+    assert {(each["total"], each["cache"]) for each in progress} == {(9, 2)}
+    nothing = {"index": 0, "logprobs": None, "finish_reason": None, **empty}
+    assert [chunk["choices"] for chunk in told] == [[nothing]] * 3
+    silent = await events_of(await post(service, path, {**asked, "stream": True}))
+    assert not any("prompt_progress" in each for each in silent)
+    await service.model().close()
+
+
+async def test_leaving_while_a_prompt_is_read_ends_the_request():
+    context = SlowReader([2] * 1000)
+    service = Service({"tiny": AsyncModel(context)})
+    body = {"messages": ASKED, "stream": True, "return_progress": True, "n": 2}
+    reply = await post(service, "/v1/chat/completions", body)
+    assert isinstance(reply.content, Events)
+    for _ in range(3):
+        await anext(reply.content)
+    await reply.content.aclose()
+    assert (context.metrics()["waiting"], len(set(context.aborted))) == (0, 2)
+    await service.model().close()
 
 
 async def test_the_header_of_urgency_counts_where_the_body_has_none():

@@ -150,6 +150,37 @@ def test_a_mounted_application_asks_for_its_keys_too():
         assert client.get("/llm/v1/models", headers=key).status_code == 200
 
 
+def test_models_of_somebody_else_are_listed_and_left_alone():
+    (_, one), (_, two) = scripted(), scripted()
+    with one, two, Served({"one": one, "two": two}) as served:
+        assert served.client.get("/models").json() == served.client.get("/v1/models").json()
+        wishes = [("load", "two", 200), ("load", "three", 404), ("swap", "one", 200)]
+        wishes += [("swap", "two", 400), ("unload", "two", 400)]
+        for verb, name, status in wishes:
+            answer = served.client.post(f"/models/{verb}", json={"model": name})
+            assert answer.status_code == status
+        assert answer.json()["error"]["code"] == "not_supported"
+        two.close()
+        assert served.client.post("/models/load", json={"model": "two"}).status_code == 400
+        states = [each["status"]["value"] for each in served.client.get("/models").json()["data"]]
+        assert states == ["loaded", "unloaded"]
+
+
+def test_whoever_watches_hears_the_states_first_and_does_not_keep_the_server_up():
+    _, model = scripted()
+    with (
+        model,
+        Served(model, grace_s=60) as served,
+        served.client.stream("GET", "/models/sse") as answer,
+    ):
+        lines = answer.iter_lines()
+        told = json.loads(next(lines).removeprefix("data: "))
+        assert (told["model"], told["event"]) == ("model", "model_status")
+        assert (told["data"]["status"], told["data"]["is_default"]) == ("loaded", True)
+        served.stop()
+        assert list(lines) == [""]
+
+
 # Who leaves, or is slow.
 
 
@@ -382,10 +413,12 @@ def test_an_origin_that_is_allowed_gets_permission_for_itself_alone(origin: str)
 def test_without_the_right_key_nothing_is_told(headers: dict[str, str]):
     _, model = scripted()
     with model, Served(model, api_keys=["first-key", "second"]) as served:
-        for path in ("/v1/models", "/metrics", "/slots", "/v1/nothing", "/%2e%2e/health"):
+        paths = ("/v1/models", "/models/sse", "/metrics", "/slots", "/v1/nothing", "/%2e%2e/health")
+        for path in paths:
             answer = served.client.get(f"{path}?api_key=first-key", headers=headers)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-        assert served.client.post(COMPLETIONS, json=ASKED, headers=headers).status_code == 401
+        for path in (COMPLETIONS, "/models/load", "/models/unload", "/models/swap"):
+            assert served.client.post(path, json=ASKED, headers=headers).status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -607,7 +640,16 @@ FIELDS = {
             "top_k",
             "min_p",
         ),
-        *("repeat_penalty", "priority", "num_ctx", "grammar", "json_schema", "response_format"),
+        *(
+            "repeat_penalty",
+            "priority",
+            "num_ctx",
+            "keep_alive",
+            "return_progress",
+            "grammar",
+            "json_schema",
+            "response_format",
+        ),
         *("timeout_s", "mirostat", "dry_sequence_breakers", "stop_tokens", "n_keep", "overflow"),
     ),
     "/v1/chat/completions": (
@@ -621,6 +663,9 @@ FIELDS = {
     "/tokenize": ("content", "add_special", "with_pieces", "model"),
     "/detokenize": ("tokens",),
     "/apply-template": ("messages",),
+    "/models/load": ("model", "keep_alive", "wait"),
+    "/models/unload": ("model", "grace", "wait"),
+    "/models/swap": ("model", "grace", "wait"),
 }
 
 
@@ -629,6 +674,7 @@ def test_no_value_of_any_field_is_the_servers_fault(path: str):
     _, model = scripted("x")
     said = [{"role": "user", "content": "a"}]
     needed = {"prompt": "a", "messages": said, "input": "a", "max_tokens": 4, "content": "a"}
+    needed |= {"model": "model"} if path.startswith("/models/") else {}
     with model, Served(model) as served:
         for field in FIELDS[path]:
             for value in ODD:
@@ -643,7 +689,10 @@ NEEDED: dict[str, Any] = {
     "max_tokens": 4,
     "content": "a",
     "tokens": [0],
+    "model": "model",
 }
+REFUSED = {"/models/unload"}
+"""There is no manager behind these models."""
 
 
 def test_what_is_described_is_what_is_taken():
@@ -653,14 +702,16 @@ def test_what_is_described_is_what_is_taken():
         assert set(FIELDS) <= set(paths)
         for path, fields, required in described(paths):
             body = {name: NEEDED[name] for name in required}
-            assert served.client.post(path, json=body).status_code == 200
+            status = 400 if path in REFUSED else 200
+            assert served.client.post(path, json=body).status_code == status
             for name in required:
                 rest = {each: body[each] for each in required if each != name}
                 assert served.client.post(path, json=rest).status_code == 400, (path, name)
             for name, schema in fields.items():
                 for value, is_good in values_of(schema):
                     answer = served.client.post(path, json={**body, name: value})
-                    assert (answer.status_code == 200) == is_good, (path, name, value, answer.text)
+                    good = is_good and path not in REFUSED
+                    assert (answer.status_code == 200) == good, (path, name, value, answer.text)
 
 
 def described(paths: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:

@@ -324,8 +324,8 @@ max_completion_tokens n seed stop logit_bias logprobs top_logprobs stream stream
 tool_choice parallel_tool_calls response_format reasoning_effort functions modalities suffix echo
 best_of top_k min_p typical_p top_n_sigma xtc_probability repeat_penalty repeat_last_n mirostat
 dry_multiplier dry_sequence_breakers ignore_eos min_tokens stop_token_ids banned_tokens timeout_s
-priority overflow n_keep num_ctx cache_prompt chat_template_kwargs reasoning_format enable_thinking
-continue_final_message grammar json_schema"""
+priority overflow n_keep num_ctx keep_alive return_progress cache_prompt chat_template_kwargs
+reasoning_format enable_thinking continue_final_message grammar json_schema"""
 ODD: list[Any] = [[], {}, "x", -1e9, 1e308, [None], {"a": {}}, 2**70, False, [[]], 0.5, "\x00"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serving import Served, wait_until
-from tabagent_model import Model
+from tabagent_model import AsyncModelManager, Model
 
 if TYPE_CHECKING:
     from selenium import webdriver
@@ -202,6 +203,27 @@ def test_a_phone_shows_everything_without_scrolling_sideways(page: Page):
     page.wait_for_answers(1)
     assert page.browser.execute_script(script) == 0
     page.browser.set_window_size(1000, 800)
+
+
+def test_a_model_is_loaded_when_it_is_chosen_and_can_be_unloaded(browser: webdriver.Chrome):
+    manager = AsyncModelManager(max_loaded=1)
+    for name in ("one", "two"):
+        manager.register_model(name, n_ctx=256, max_parallel=1, n_threads=1)
+    with Served(manager) as served:
+        browser.get(served.url)
+        page = Page(browser)
+        wait_until(lambda: "one (unloaded)" in page.text("#model"))
+        for chosen, other in (("two", "one"), ("one", "two")):
+            page.find(f"#model option[value={chosen}]").click()
+            wait_until(lambda it=chosen: page.text(f"#model option[value={it}]") == it)
+            assert page.text(f"#model option[value={other}]") == f"{other} (unloaded)"
+        page.find("#unload").click()
+        wait_until(lambda: page.text("#model option[value=one]") == "one (unloaded)")
+        page.write("What is the capital of France?" + Keys.ENTER)
+        page.wait_for_answers(1)
+        wait_until(lambda: page.text("#model option[value=one]") == "one")
+        assert browser.get_log("browser") == []
+    asyncio.run(manager.close())
 
 
 def test_a_key_is_asked_for_where_one_is_needed(browser: webdriver.Chrome):

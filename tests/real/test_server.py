@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ import openai
 import pytest
 
 from serving import Served, events_of, post, status_of, wait_until
-from tabagent_model import Model
+from tabagent_model import AsyncModelManager, Model
+from tabagent_model.params import BUNDLED_MODEL
 
 pytestmark = pytest.mark.model
 
@@ -140,7 +143,10 @@ def test_five_chats_at_once_get_the_answers_that_each_gets_alone(served: Served)
         ]["content"]
         return text
 
+    answer(questions[0])
+    begun = time.perf_counter()
     alone = [answer(question) for question in questions]
+    in_turn_s, begun = time.perf_counter() - begun, time.perf_counter()
     together: dict[str, str] = {}
     threads = [
         threading.Thread(target=lambda q=question: together.update({q: answer(q)}))
@@ -151,6 +157,9 @@ def test_five_chats_at_once_get_the_answers_that_each_gets_alone(served: Served)
     for thread in threads:
         thread.join()
     assert [together[question] for question in questions] == alone
+    together_s = time.perf_counter() - begun
+    print(f"a chat alone {in_turn_s / 5:.3f} s, five at once {together_s:.3f} s:", end=" ")
+    print(f"each {together_s / in_turn_s * 5:.1f} times as long")
 
 
 _COUNTRIES = ["France", "Italy", "Spain", "Germany", "Japan"]
@@ -174,6 +183,21 @@ def test_a_client_that_is_killed_frees_its_place(served: Served, model: Model):
     wait_until(lambda: model.metrics()["running"] == 0)
 
 
+def test_a_long_prompt_says_how_far_it_is_read():
+    fields: Any = {"n_ctx": 2048, "max_parallel": 1, "n_threads": 1, "n_batch": 64}
+    with Model.load(**fields) as model, Served(model) as served:
+        body = {**LONG, "prompt": [*range(100, 2000)], "max_tokens": 4}
+        wishes = {"stream": True, "return_progress": True, "num_ctx": 1024}
+        text = served.client.post(COMPLETIONS, json={**body, **wishes}).text
+    *chunks, _ = events_of(text)
+    has_begun = [bool(chunk["choices"][0]["text"]) for chunk in chunks]
+    told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    assert told and not any("prompt_progress" in each for each in chunks[has_begun.index(True) :])
+    processed = [each["processed"] for each in told]
+    assert processed == sorted(processed) and {each["total"] for each in told} == {1900}
+    assert chunks[-1]["timings"]["n_ctx"] == 2048  # more than was asked for, and it says so
+
+
 def test_health_is_told_while_a_long_prompt_is_read():
     with Model.load(n_ctx=2048, max_parallel=1, n_threads=1) as model, Served(model) as served:
         prompts = [[50 + number, *range(100, 2000)] for number in range(20)]
@@ -183,6 +207,174 @@ def test_health_is_told_while_a_long_prompt_is_read():
             wait_until(lambda: model.metrics()["running"] == 1)
             assert served.client.get("/health").json() == {"status": "ok"}
             assert served.client.get("/metrics").status_code == 200
+
+
+# Several models.
+
+FILES = {"chat": BUNDLED_MODEL, "draft": BUNDLED_MODEL.with_name("tiny-draft.gguf")}
+STORY: Any = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture
+def manager() -> Iterator[AsyncModelManager]:
+    manager = AsyncModelManager(max_loaded=1)
+    for name, path in FILES.items():
+        manager.register_model(name, path, n_ctx=512, max_parallel=4, n_threads=1)
+    yield manager
+    asyncio.run(manager.close())
+
+
+@pytest.fixture
+def house(manager: AsyncModelManager) -> Iterator[Served]:
+    with Served(manager) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def stories() -> dict[str, str]:
+    """What each model says with the process to itself."""
+    told = {}
+    for name, path in FILES.items():
+        with Model.load(path, n_ctx=512, max_parallel=4, n_threads=1) as model:
+            told[name] = model.generate(**STORY).text
+    return told
+
+
+def story(served: Served, **more: Any) -> str:
+    answer = served.client.post(COMPLETIONS, json={**STORY, **more})
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
+
+
+def statuses(served: Served) -> dict[str, Any]:
+    listed = served.client.get("/v1/models").json()["data"]
+    return {each["id"]: each["status"] for each in listed}
+
+
+def states(served: Served) -> dict[str, str]:
+    return {name: status["value"] for name, status in statuses(served).items()}
+
+
+def control(served: Served, verb: str, name: str, **more: Any) -> httpx.Response:
+    return served.client.post(f"/models/{verb}", json={"model": name, "wait": True, **more})
+
+
+def test_models_are_loaded_when_they_are_wanted(house: Served, stories: dict[str, str]):
+    assert states(house) == {"chat": "unloaded", "draft": "unloaded"}
+    assert house.client.get("/ready").json() == house.client.get("/health").json()
+    assert house.client.get("/slots").json() == []
+    assert house.client.get("/props").json()["is_loaded"] is False
+    for name, other in (("draft", "chat"), ("chat", "draft")):
+        assert story(house, model=name) == stories[name]
+        assert states(house) == {name: "loaded", other: "unloaded"}
+        assert f'model_name="{name}"' in house.client.get("/metrics").text
+    assert story(house) == stories["chat"]
+    assert house.client.post(COMPLETIONS, json={**STORY, "model": "other"}).status_code == 404
+
+
+def test_a_model_stays_as_long_as_a_request_wishes(house: Served):
+    story(house, keep_alive="5m")
+    assert statuses(house)["chat"]["keep_alive_s"] == 300
+    story(house, keep_alive=0)
+    wait_until(lambda: states(house)["chat"] == "unloaded")
+    with house.client.stream(
+        "POST", COMPLETIONS, json={**LONG, "model": "chat", "stream": True, "keep_alive": 0}
+    ) as answer:
+        assert answer.status_code == 200  # it is held although it would leave at once
+        assert statuses(house)["chat"]["num_users"] == 1
+        assert answer.read().endswith(b"data: [DONE]\n\n")
+    wait_until(lambda: states(house)["chat"] == "unloaded")
+
+
+def test_a_swap_lets_those_finish_who_are_being_answered(house: Served, stories: dict[str, str]):
+    body = {**STORY, "max_tokens": 400, "ignore_eos": True}
+    whole = house.client.post(COMPLETIONS, json=body).json()["choices"][0]["text"]
+    with house.client.stream("POST", COMPLETIONS, json={**body, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        asked = {"model": "draft"}
+        assert house.client.post("/models/swap", json=asked).json() == {"success": True}
+        assert story(house, model="draft") == stories["draft"]
+        *chunks, _ = events_of("\n".join([first, *lines]) + "\n")
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
+    wait_until(lambda: statuses(house)["draft"]["is_default"])
+    assert states(house) == {"chat": "unloaded", "draft": "loaded"}
+    assert story(house) == stories["draft"]
+
+
+def test_whoever_watches_hears_of_each_step(house: Served):
+    with house.client.stream("GET", "/models/sse") as answer:
+        told = (json.loads(line[6:]) for line in answer.iter_lines() if line)
+        heard = [next(told)["data"]["status"] for _ in FILES]
+        assert heard == ["unloaded", "unloaded"]
+        assert control(house, "load", "chat").json() == {"success": True}
+        assert control(house, "unload", "chat").json() == {"success": True}
+        steps = []
+        while steps[-1:] != ["unloaded"]:
+            event = next(told)
+            assert (event["model"], event["event"]) == ("chat", "model_status")
+            steps.append(event["data"]["status"])
+    assert [*dict.fromkeys(steps)] == ["loading", "loaded", "unloading", "unloaded"]
+    assert states(house)["chat"] == "unloaded"
+
+
+def test_what_finds_no_room_is_told_so(manager: AsyncModelManager, house: Served):
+    story(house, model="chat")
+    endless = {**LONG, "model": "chat", "overflow": "shift", "max_tokens": 32_768, "stream": True}
+    with house.client.stream("POST", COMPLETIONS, json=endless) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        late = house.client.post(
+            COMPLETIONS, json={**STORY, "model": "draft", "max_queue_wait_s": 0.05}
+        )
+        assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+        assert late.json()["error"]["code"] == "queue_timeout"
+        connection = house.connect()
+        connection.sendall(post(COMPLETIONS, json.dumps({**STORY, "model": "draft"})))
+        wait_until(lambda: statuses(house)["draft"]["num_waiting"] == 1)
+        connection.close()
+        wait_until(lambda: statuses(house)["draft"]["num_waiting"] == 0)
+    manager.pin("chat")
+    for path in (COMPLETIONS, "/models/load"):
+        full = house.client.post(path, json={**STORY, "model": "draft"})
+        assert (full.status_code, full.json()["error"]["code"]) == (507, "no_room")
+    assert control(house, "unload", "chat", grace=0).status_code == 200
+    assert states(house)["chat"] == "unloaded"
+
+
+def test_a_file_that_cannot_be_loaded_is_named_without_its_folder(
+    manager: AsyncModelManager, house: Served, tmp_path: Path
+):
+    (tmp_path / "broken.gguf").write_bytes(b"no model")
+    manager.register_model("broken", tmp_path / "broken.gguf")
+    manager.register_model("gone", tmp_path / "gone.gguf")
+    manager.register_model("damaged", damaged(tmp_path / "damaged.gguf"))
+    for name, code in (
+        ("broken", "invalid_format"),
+        ("gone", "model_not_found"),
+        ("damaged", "model_corrupted"),
+    ):
+        for answer in (
+            house.client.post(COMPLETIONS, json={**STORY, "model": name}),
+            control(house, "load", name),
+            house.client.post("/models/load", json={"model": name}),
+        ):
+            error = answer.json()["error"]
+            assert error["code"] == code
+            assert f"{name}.gguf" in error["message"] and str(tmp_path) not in answer.text
+    assert str(tmp_path) not in house.client.get("/models").text
+    assert house.client.get("/health").status_code == 200
+
+
+def damaged(path: Path) -> Path:
+    path.write_bytes(BUNDLED_MODEL.read_bytes()[:-100_000])
+    return path
+
+
+def test_a_path_is_no_name(house: Served):
+    for name in (str(BUNDLED_MODEL), f"../{BUNDLED_MODEL.name}", BUNDLED_MODEL.name):
+        assert control(house, "load", name).status_code == 404
 
 
 # As a process.
@@ -280,7 +472,7 @@ def test_a_worker_that_dies_takes_only_its_requests_along():
 
 
 def test_models_have_the_names_that_they_are_given(tmp_path: Path):
-    path = Path(__import__("tabagent_model").__file__).parent / "assets" / "tiny-chat.gguf"
+    path = BUNDLED_MODEL
     keys = tmp_path / "keys"
     keys.write_text("one\ntwo\n")
     key = {"authorization": "Bearer two"}
@@ -292,6 +484,27 @@ def test_models_have_the_names_that_they_are_given(tmp_path: Path):
             listed = client.get("/v1/models", headers=key).json()["data"]
             assert [each["id"] for each in listed] == ["a", "tiny-chat"]
             assert client.get("/", headers=key).status_code == 404
+
+
+def test_a_folder_of_models_is_served_with_what_the_options_allow(tmp_path: Path):
+    for name in ("b.gguf", "sub/a-00001-of-00002.gguf", "sub/a-00002-of-00002.gguf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(BUNDLED_MODEL)
+    (tmp_path / "mmproj-b.gguf").write_bytes(b"")
+    options = ("--max-loaded", "1", "--ttl", "90s", "--n-ctx", "256", "--max-memory-mb", "500")
+    with Process(f"first={BUNDLED_MODEL}", "--models-dir", str(tmp_path), *options) as process:
+        process.wait_until_ready()
+        with httpx.Client(base_url=process.url, trust_env=False, timeout=30) as client:
+            listed = client.get("/models").json()["data"]
+            told = [(each["id"], each["status"]["value"]) for each in listed]
+            assert told == [("first", "loaded"), ("a", "unloaded"), ("b", "unloaded")]
+            assert {each["status"]["keep_alive_s"] for each in listed} == {90}
+            body = {**STORY, "model": "b"}
+            assert client.post(COMPLETIONS, json=body).status_code == 200
+            listed = client.get("/models").json()["data"]
+            states = [each["status"]["value"] for each in listed]
+            assert states == ["unloaded", "unloaded", "loaded"]
+        assert process.end()[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -309,6 +522,11 @@ def test_models_have_the_names_that_they_are_given(tmp_path: Path):
         (["--n-ctx", "1"], {}, "n_ctx"),
         (["a=x.gguf", "a=y.gguf"], {}, "two models are called `a`"),
         (["/nowhere/model.gguf"], {}, "ModelNotFoundError"),
+        ([str(BUNDLED_MODEL), "/nowhere/model.gguf"], {}, "ModelNotFoundError"),
+        (["--models-dir", "/nowhere"], {}, "there is no model in `/nowhere`"),
+        (["--max-loaded", "0"], {}, "`max_loaded` must be"),
+        (["--keep-alive", "soon"], {}, "`keep_alive` must be"),
+        (["--max-memory-mb", "1"], {}, "NoRoomError"),
         (["--tls-cert", "/nowhere.pem"], {}, "/nowhere.pem"),
     ],
 )

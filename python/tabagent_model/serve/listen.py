@@ -255,9 +255,9 @@ def models_of(asked: argparse.Namespace) -> dict[str, ModelConfig]:
         if name in models:
             message = f"two models are called `{name}`"
             raise InvalidRequestError(message, hint="give one of them as NAME=FILE", name="models")
-        if not isinstance(model, Path):
-            inspect(config.path)
         models[name] = config
+    for config in list(models.values())[: len(models) - len(found)]:
+        inspect(config.path)
     return models
 
 

@@ -1,7 +1,7 @@
 """Who has the model for a name: models that are there already, or a manager that loads them.
 
-    Service ──┬──▶ Given      somebody else's models; they are there
-              └──▶ Managed    an AsyncModelManager's: loaded when wanted, unloaded for others
+Service ──┬──▶ Given      somebody else's models; they are there
+          └──▶ Managed    an AsyncModelManager's: loaded when wanted, unloaded for others
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Given:
 
 
 class Managed:
-    """The models of a manager. Whoever asks for one hears nothing of the folders of this machine."""
+    """The models of a manager. Whoever asks hears nothing of the folders of this machine."""
 
     def __init__(self, manager: AsyncModelManager) -> None:
         self._manager = manager

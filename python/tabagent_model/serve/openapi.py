@@ -82,7 +82,7 @@ _MESSAGES = {
 _DURATION = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1e9}, {"const": -1}, _TEXT]}
 _SAMPLING: dict[str, Any] = {
     "model": {"type": ["string", "null"]},
-    "num_ctx": _whole(1, 2**31 - 1),
+    "num_ctx": {"type": "integer"},
     "keep_alive": _DURATION,
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),

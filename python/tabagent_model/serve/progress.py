@@ -68,12 +68,12 @@ class WithProgress:
 
     async def _wait(self) -> None:
         """For the next piece, or until it is time to look."""
-        self._next = self._next or asyncio.ensure_future(anext(self._answers))
-        done, _ = await asyncio.wait([self._next], timeout=_LOOK_S)
+        piece = self._next = self._next or asyncio.ensure_future(anext(self._answers))
+        await asyncio.wait([piece], timeout=_LOOK_S)
         await self._look()
-        if done:
-            self._next, found = None, self._next
-            index, item = found.result()
+        if piece.done():
+            self._next = None
+            index, item = piece.result()
             self._unread.pop(index, None)
             self._ready.append((index, item))
 

@@ -52,18 +52,54 @@ async function ask(path, options = {}) {
   throw Object.assign(new Error(message), { status: answer.status });
 }
 
+function post(path, body, options = {}) {
+  const headers = { "content-type": "application/json" };
+  return ask(path, { method: "POST", headers, body: JSON.stringify(body), ...options });
+}
+
 async function listModels() {
   try {
     const { data } = await (await ask("v1/models")).json();
-    const chosen = models.value;
-    models.replaceChildren(...data.map(({ id }) => new Option(id)));
-    if (data.some(({ id }) => id === chosen)) models.value = chosen;
-    find("place").textContent = data[0]?.context_window ? `${data[0].context_window} tokens of context` : "";
+    const chosen = data.find(({ id }) => id === models.value) ?? data.find(({ status }) => status.is_default);
+    known = new Map(data.map((model) => [model.id, model]));
+    models.replaceChildren(...data.map(({ id, status }) => new Option(isLoaded(id) ? id : `${id} (${status.value})`, id)));
+    models.value = chosen.id;
+    find("place").textContent = chosen.context_window ? `${chosen.context_window} tokens of context` : "";
+    find("unload").hidden = data.length === 1 || !isLoaded(chosen.id);
     tell("");
   } catch (error) {
     tell(error.message);
     if (error.status === 401) openSettings(fields.key);
     if (error.status === 503) setTimeout(listModels, 1000);
+  }
+}
+
+let known = new Map();
+
+function isLoaded(id) {
+  return known.get(id)?.status.value === "loaded";
+}
+
+/** Have the chosen model loaded or unloaded. */
+async function control(verb) {
+  const id = models.value;
+  const watching = new AbortController();
+  tellProgress(id, watching.signal);
+  try {
+    await post(`models/${verb}`, { model: id, wait: true });
+    await listModels();
+  } catch (error) {
+    tell(error.message);
+  }
+  watching.abort();
+}
+
+async function tellProgress(id, signal) {
+  try {
+    for await (const { model, data } of eventsOf(await ask("models/sse", { signal })))
+      if (model === id && data.progress) tell(`Loading ${id}: ${Math.round(100 * data.progress.value)} %`);
+  } catch {
+    // who waits for the model is told what is wrong
   }
 }
 
@@ -93,17 +129,13 @@ async function answer() {
   const mine = (answering = new AbortController());
   showBusy(true);
   try {
-    const stream = await ask("v1/chat/completions", {
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body: JSON.stringify(body),
-      signal: mine.signal,
-    });
+    const stream = await post("v1/chat/completions", body, { signal: mine.signal });
     for await (const event of eventsOf(stream)) {
       if (event.error) throw new Error(event.error.message);
       shown.take(event);
     }
     tell("");
+    if (!isLoaded(body.model)) listModels(); // it is by now
   } catch (error) {
     if (error.name === "AbortError") {
       shown.facts.push("stopped");
@@ -299,6 +331,8 @@ function begin() {
   prompt.focus();
 }
 
+models.addEventListener("change", () => (isLoaded(models.value) ? listModels() : control("load")));
+find("unload").addEventListener("click", () => control("unload"));
 find("stop").addEventListener("click", () => answering?.abort());
 find("new").addEventListener("click", begin);
 find("open-settings").addEventListener("click", () => openSettings());
