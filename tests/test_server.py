@@ -12,7 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from hypothesis.strategies import SearchStrategy
 from prometheus_client.parser import text_string_to_metric_families
+from schemathesis import GenerationMode
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
@@ -712,6 +717,38 @@ def test_what_is_described_is_what_is_taken():
                     answer = served.client.post(path, json={**body, name: value})
                     good = is_good and path not in REFUSED
                     assert (answer.status_code == 200) == good, (path, name, value, answer.text)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+def test_no_request_that_fits_the_description_or_nearly_does_is_the_servers_fault(
+    mode: GenerationMode,
+):
+    _, model = scripted("x")
+    with model, Served(model, max_body_mb=1) as served:
+        description = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+        operations = [found.ok() for found in description.get_all_operations()]
+        for operation in operations:
+            if operation.path != "/models/sse":  # which has no end
+                send_any_of(operation.as_strategy(generation_mode=mode))
+    assert len(operations) == 20
+
+
+def send_any_of(cases: SearchStrategy[schemathesis.Case]) -> None:
+    @settings(
+        max_examples=8,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=cases)
+    def send(case: schemathesis.Case) -> None:
+        answer = case.call(timeout=30)
+        assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+
+    with contextlib.suppress(Unsatisfiable):  # nothing about it can be wrong
+        send()
 
 
 def described(paths: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
