@@ -37,7 +37,7 @@ from tabagent_model import (
     errors,
 )
 from tabagent_model.isolation import child as starting
-from tabagent_model.isolation import respawn, spawn, verdicts
+from tabagent_model.isolation import remote, respawn, spawn, verdicts
 from tabagent_model.isolation.frames import (
     MAX_FRAME,
     RemoteEvent,
@@ -651,6 +651,19 @@ def test_what_is_asked_while_a_worker_starts_is_held_for_it(
     assert held[1].result.finish_reason == "cancelled"
     with pytest.raises(GenerationTimeoutError):
         held[2].collect()
+
+
+async def test_an_event_loop_does_not_wait_for_the_counters_of_a_worker_that_stands_still(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(remote, "GLIMPSE_S", 3600)  # as long as a thread would wait
+    before, slots = await asyncio.to_thread(lambda: (model.metrics(), model.slots()))
+    os.kill(pid_of(model), signal.SIGSTOP)
+    assert (model.metrics(), model.slots()) == (before, slots)
+    os.kill(pid_of(model), signal.SIGCONT)
+    await asyncio.to_thread(model.generate, "Count")
+    after = await asyncio.to_thread(model.metrics)
+    assert after["requests"] == before["requests"] + 1
 
 
 def test_no_more_is_held_than_may_wait(model: Model, scripted: Callable[[str], None]):

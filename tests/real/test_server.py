@@ -573,13 +573,28 @@ PAGE = Path(__file__).parents[2] / "docs" / "server.md"
 EXCHANGES = re.findall(r"```http\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def documented() -> Iterator[Served]:
+    manager = AsyncModelManager()
+    manager.register_model("tiny-chat", n_ctx=512, max_parallel=1, n_threads=1)
+    with Served(manager) as served:
+        yield served
+    asyncio.run(manager.close())
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda text: text.split("\n", 1)[0])
-def test_the_exchanges_of_the_documentation_are_true(served: Served, exchange: str):
+def test_the_exchanges_of_the_documentation_are_true(documented: Served, exchange: str):
+    assert control(documented, "load", "tiny-chat").status_code == 200
     asked, answered = exchange.strip().split("\n\n")
     first, _, body = asked.partition("\n")
     method, path = first.split()
     status, expected = answered.split("\n", 1)
-    answer = served.client.request(method, path, json=json.loads(body) if body else None)
+    if expected.startswith("data: "):
+        with documented.client.stream(method, path) as events:
+            answered, expected = next(events.iter_lines()).removeprefix("data: "), expected[6:]
+            assert json.loads(answered).keys() == json.loads(expected).keys()
+        return
+    answer = documented.client.request(method, path, json=json.loads(body) if body else None)
     assert answer.status_code == int(status)
     wanted = json.loads(expected)
     if isinstance(wanted, dict):
