@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -23,7 +24,15 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from serving import Served, events_of, post, read_all, scripted, status_of, wait_until
-from tabagent_model import BackendError, InvalidRequestError, Model, serve
+from tabagent_model import (
+    AsyncModelManager,
+    BackendError,
+    InvalidRequestError,
+    LoadCancelledError,
+    Model,
+    ModelCorruptedError,
+    serve,
+)
 from tabagent_model.serve import http
 from tabagent_model.serve.config import ServerConfig
 from tabagent_model.serve.guard import host_name, printable
@@ -169,6 +178,28 @@ def test_models_of_somebody_else_are_listed_and_left_alone():
         assert served.client.post("/models/load", json={"model": "two"}).status_code == 400
         states = [each["status"]["value"] for each in served.client.get("/models").json()["data"]]
         assert states == ["loaded", "unloaded"]
+
+
+def test_what_a_load_died_of_is_told_without_what_it_knows_of_this_machine():
+    with Served(manager := AsyncModelManager()) as served:
+        manager.register_model("one", "/home/me/one.gguf")
+        assert served.door.service is not None
+        models = served.door.service.models
+        failures = [
+            (
+                ModelCorruptedError("`/home/me/one.gguf` ends"),
+                ("model_corrupted", "`one.gguf` ends"),
+            ),
+            (OSError("/home/me"), ("internal_error", "`one` failed, and the log says why")),
+            (LoadCancelledError("by somebody"), None),
+        ]
+        for error, told in failures:
+            models.failed("one", error)
+            status = served.client.get("/models").json()["data"][0]["status"]
+            found = status.get("error")
+            assert (found and (found["code"], found["message"])) == told
+            assert ("failed" in status) == (told is not None)
+    asyncio.run(manager.close())
 
 
 def test_whoever_watches_hears_the_states_first_and_does_not_keep_the_server_up():

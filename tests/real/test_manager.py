@@ -360,7 +360,11 @@ def test_what_is_loaded_cannot_be_registered_anew():
 
 def test_every_step_is_told_with_its_time():
     events: list[ModelEvent] = []
+    watched: list[ModelEvent] = []
+    first: list[ModelEvent] = []
     with with_both(ModelManager(max_loaded=1, on_event=events.append)) as models:
+        models.watch(watched.append)
+        stop = models.watch(lambda event: (first.append(event), stop()))
         stream = models.load_model("chat").stream(PROMPT, **{**LONG, "max_tokens": 100})
         swapping = threading.Thread(target=models.swap, args=("draft",))
         swapping.start()
@@ -377,6 +381,7 @@ def test_every_step_is_told_with_its_time():
     ]
     assert next(e.progress for e in events if (e.model, e.step) == ("draft", "load")) == 0.0
     assert all(e.seconds >= 0 and e.error is None for e in events)
+    assert (watched, first) == (events, events[:1])
 
 
 def test_an_event_that_raises_or_asks_the_manager_harms_nobody():

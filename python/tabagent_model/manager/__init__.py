@@ -137,6 +137,11 @@ class _Manager(Generic[M]):
     def default_model(self, name: str) -> None:
         self._keeper.change(self._name(name), is_default=True)
 
+    @property
+    def names(self) -> list[str]:
+        """Those that are registered, in the order in which they were."""
+        return list(self._keeper.pool.members)
+
     def get_model(self, name: str | None = None) -> M:
         """A model that is loaded. It may be unloaded whenever it is idle; `use` prevents that."""
         name = self._name(name)

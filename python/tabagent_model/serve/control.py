@@ -98,9 +98,8 @@ class Watch:
 
 def _told(event: ModelEvent) -> bytes | None:
     """In llama-server's words."""
-    if event.error is not None:
-        error = event.error if isinstance(event.error, Exception) else Exception()
-        failed = {"value": "unloaded", "failed": True, **refusal_of(error)[1]}
+    if isinstance(event.error, Exception):
+        failed = {"value": "unloaded", "failed": True, **refusal_of(event.error)[1]}
         return _event(event.model, failed)
     if event.step == "load" and event.progress < 1.0:
         stage = "text_model"

@@ -6,16 +6,20 @@ Service ──┬──▶ Given      somebody else's models; they are there
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from copy import copy
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import (
+    InternalError,
     InvalidRequestError,
+    LoadCancelledError,
     ModelNotFoundError,
     NotSupportedError,
     TabAgentModelError,
@@ -26,6 +30,8 @@ from ..model import AsyncModel, Model
 
 if TYPE_CHECKING:
     from ..manager import Duration
+
+log = logging.getLogger("tabagent_model.serve")
 
 Source = Model | AsyncModel | Mapping[str, Model | AsyncModel] | AsyncModelManager
 Watcher = Callable[[ModelEvent], object]
@@ -55,7 +61,7 @@ class Given:
     def __init__(self, models: Mapping[str, AsyncModel], default: str) -> None:
         self._models = dict(models)
         self.default = default
-        self.failures: dict[str, BaseException] = {}
+        self.failures: dict[str, TabAgentModelError] = {}
 
     @property
     def names(self) -> list[str]:
@@ -115,14 +121,14 @@ class Managed:
 
     def __init__(self, manager: AsyncModelManager) -> None:
         self._manager = manager
-        self.failures: dict[str, BaseException] = {}
+        self.failures: dict[str, TabAgentModelError] = {}
         """What the last try to load a model died of, if it did."""
         self._watchers: dict[object, Watcher] = {}
         manager.watch(self._hear)
 
     @property
     def names(self) -> list[str]:
-        return [each.name for each in self.described()]
+        return self._manager.names
 
     @property
     def default(self) -> str:
@@ -173,12 +179,22 @@ class Managed:
         self._hear(ModelEvent(name, "load", 0.0, 0.0, error))
 
     def _hear(self, event: ModelEvent) -> None:
+        if isinstance(event.error, LoadCancelledError):  # nobody wanted it any more
+            event = ModelEvent(event.model, "unload", 1.0, event.seconds)
         if event.error is not None:
-            self.failures[event.model] = _shortened(event.error, self._folder(event.model))
-        elif event.step == "load":
+            self.failures[event.model] = self._told(event)
+            event = replace(event, error=self.failures[event.model])
+        else:
             self.failures.pop(event.model, None)
         for watcher in list(self._watchers.values()):
             watcher(event)
+
+    def _told(self, event: ModelEvent) -> TabAgentModelError:
+        """What others may know of an error; the log knows the rest."""
+        if isinstance(event.error, TabAgentModelError):
+            return _shortened(event.error, self._folder(event.model))
+        log.error("`%s` failed", event.model, exc_info=event.error)
+        return InternalError(f"`{event.model}` failed, and the log says why")
 
     @contextmanager
     def _without_folder(self, name: str) -> Iterator[None]:
@@ -226,10 +242,8 @@ def _not_ours(done: str) -> NotSupportedError:
     return NotSupportedError(message, hint="serve an `AsyncModelManager`")
 
 
-def _shortened(error: BaseException, folder: str) -> BaseException:
+def _shortened(error: TabAgentModelError, folder: str) -> TabAgentModelError:
     """An error that names files without their folder."""
-    if not isinstance(error, TabAgentModelError):
-        return error
     error = copy(error)
     error.message = error.message.replace(folder, "")
     error.hint = error.hint and error.hint.replace(folder, "")

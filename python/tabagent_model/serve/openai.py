@@ -297,7 +297,7 @@ def status_of(service: Service, model: ManagedModel) -> dict[str, Any]:
         "num_waiting": model.num_waiting,
     }
     error = service.models.failures.get(model.name)
-    if model.state == "unloaded" and isinstance(error, Exception):
+    if model.state == "unloaded" and error is not None:
         status |= {"failed": True, **refusal_of(error)[1]}
     return status
 
