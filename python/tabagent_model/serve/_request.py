@@ -24,7 +24,7 @@ MOST_TOKENS = 32_768
 MOST_ANSWERS = 128
 
 
-class Place(TypedDict):
+class Wanted(TypedDict):
     """What a service wants to know of the model that is to answer."""
 
     model: str
@@ -45,7 +45,7 @@ class _Request:
     num_ctx: int | None
     keep_alive: Duration | None
 
-    def place(self, model: str) -> Place:
+    def wanted(self, model: str) -> Wanted:
         """Which model is to answer, by the name that was found to be meant."""
         return {"model": model, "num_ctx": self.num_ctx, "keep_alive": self.keep_alive}
 

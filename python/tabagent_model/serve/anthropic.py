@@ -26,7 +26,7 @@ async def create_message(service: Service, given: object) -> dict[str, Any] | As
         body.bad("max_tokens", "a whole number", None)
     asked = ChatRequest.of(chat_body(body))
     name = service.resolve(asked.model)
-    answers = service.chat(asked.messages, asked.config, **asked.place(name), **asked.fields)
+    answers = service.chat(asked.messages, asked.config, **asked.wanted(name), **asked.fields)
     if asked.is_streamed:
         return _events(await answers.start(), name)
     return message_of((await answers.collect())[0], name)

@@ -88,7 +88,7 @@ async def create_chat_completion(service: Service, body: object) -> dict[str, An
     shape = ChatShape(name, asked.n, asked.includes_usage)
     log.debug("chat completion: %s", asked.summary())
     answers = service.chat(
-        asked.messages, asked.config, n=asked.n, **asked.place(name), **asked.fields
+        asked.messages, asked.config, n=asked.n, **asked.wanted(name), **asked.fields
     )
     if asked.is_streamed:
         return Events(await answers.start(), shape, asked.tells_progress)
@@ -105,7 +105,7 @@ async def create_completion(service: Service, body: object) -> dict[str, Any] | 
             prompt = await service.detokenize(prompt, model=name)
         echoes += [prompt] * n
     shape = CompletionShape(name, n, asked.includes_usage, echoes)
-    answers = service.complete(asked.prompts, asked.config, n=n, **asked.place(name))
+    answers = service.complete(asked.prompts, asked.config, n=n, **asked.wanted(name))
     if asked.is_streamed:
         return Events(await answers.start(), shape, asked.tells_progress)
     return shape.whole(await answers.collect())

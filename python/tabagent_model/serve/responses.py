@@ -23,7 +23,7 @@ async def create_response(service: Service, given: object) -> dict[str, Any] | A
     body = Fields(given)
     asked = ChatRequest.of(chat_body(body))
     name = service.resolve(asked.model)
-    answers = service.chat(asked.messages, asked.config, **asked.place(name), **asked.fields)
+    answers = service.chat(asked.messages, asked.config, **asked.wanted(name), **asked.fields)
     response = _response(body, name)
     if asked.is_streamed:
         return _events(await answers.start(), response)

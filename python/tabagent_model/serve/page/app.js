@@ -63,9 +63,9 @@ async function listModels() {
     const chosen = data.find(({ id }) => id === models.value) ?? data.find(({ status }) => status.is_default);
     known = new Map(data.map((model) => [model.id, model]));
     models.replaceChildren(...data.map(({ id, status }) => new Option(isLoaded(id) ? id : `${id} (${status.value})`, id)));
-    models.value = chosen.id;
-    find("place").textContent = chosen.context_window ? `${chosen.context_window} tokens of context` : "";
-    find("unload").hidden = data.length === 1 || !isLoaded(chosen.id);
+    models.value = chosen?.id ?? "";
+    find("place").textContent = chosen?.context_window ? `${chosen.context_window} tokens of context` : "";
+    find("unload").hidden = data.length < 2 || !isLoaded(chosen?.id);
     tell("");
   } catch (error) {
     tell(error.message);
