@@ -24,11 +24,9 @@ from tabagent_model import (
     Model,
     TabAgentModelError,
     WorkerCrashedError,
-    _child,
-    _respawn,
-    _spawn,
-    _verdicts,
 )
+from tabagent_model.isolation import child as starting
+from tabagent_model.isolation import respawn, spawn, verdicts
 from tabagent_model.params import BUNDLED_MODEL
 
 pytestmark = [
@@ -77,9 +75,9 @@ def reference(here: Model) -> Completion:
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test kills more workers than a user would stand."""
-    monkeypatch.setattr(_verdicts, "CRASHES", 1000)
-    monkeypatch.setattr(_verdicts, "_crashes", {})
-    monkeypatch.setattr(_respawn, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(verdicts, "CRASHES", 1000)
+    monkeypatch.setattr(verdicts, "_crashes", {})
+    monkeypatch.setattr(respawn, "BACKOFF_S", 0.0)
 
 
 def pid_of(model: Model | AsyncModel) -> int:
@@ -223,11 +221,11 @@ def test_a_worker_may_die_at_any_moment(
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    healthy = _spawn._PROGRAM
-    monkeypatch.setattr(_spawn, "_PROGRAM", program("import time; time.sleep(60)"))
+    healthy = spawn._PROGRAM
+    monkeypatch.setattr(spawn, "_PROGRAM", program("import time; time.sleep(60)"))
     with pytest.raises(WorkerCrashedError) as caught:
         Model.load(**config, on_progress=in_load)
-    monkeypatch.setattr(_spawn, "_PROGRAM", healthy)
+    monkeypatch.setattr(spawn, "_PROGRAM", healthy)
     assert caught.value.request_ids == ()
     expected = "SIGKILL" if number == signal.SIGSTOP else number.name
     assert caught.value.signal == expected
@@ -286,10 +284,10 @@ worker.main(sys.argv[2:], load)
 def test_an_engine_that_stands_still_is_killed_although_python_lives(
     monkeypatch: pytest.MonkeyPatch, reference: Completion
 ):
-    healthy = _spawn._PROGRAM
-    monkeypatch.setattr(_spawn, "_PROGRAM", program("context._inject_hang()"))
+    healthy = spawn._PROGRAM
+    monkeypatch.setattr(spawn, "_PROGRAM", program("context._inject_hang()"))
     with Model.load(**CONFIG, isolation="process", watchdog_s=1.0) as model:
-        monkeypatch.setattr(_spawn, "_PROGRAM", healthy)
+        monkeypatch.setattr(spawn, "_PROGRAM", healthy)
         streams = [model.stream(PROMPTS[0], **LONG) for _ in range(2)]
         assert len(model.tokenize("still here")) > 1
         for stream in streams:
@@ -302,7 +300,7 @@ def test_an_engine_that_stands_still_is_killed_although_python_lives(
 def test_the_words_of_an_abort_arrive(monkeypatch: pytest.MonkeyPatch):
     words = "b'x.c', 7, b'GGML_ASSERT(%s) failed', b'a == b'"
     abort = f"ctypes.CDLL(worker._core.__file__).ggml_abort({words})"
-    monkeypatch.setattr(_spawn, "_PROGRAM", program(abort))
+    monkeypatch.setattr(spawn, "_PROGRAM", program(abort))
     with pytest.raises(WorkerCrashedError) as caught:
         Model.load(**CONFIG, isolation="process")
     assert caught.value.signal == "SIGABRT"
@@ -348,13 +346,13 @@ def test_a_new_file_is_tried_once(
     monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
     path = shutil.copy(BUNDLED_MODEL, tmp_path / "m.gguf")
     started: list[int] = []
-    start = _child.Child.__init__
+    start = starting.Child.__init__
 
     def counted(child: Any, config: Any) -> None:
         start(child, config)
         started.append(child.pid)
 
-    monkeypatch.setattr(_child.Child, "__init__", counted)
+    monkeypatch.setattr(starting.Child, "__init__", counted)
     for expected in (2, 3):
         with Model.load(path, **CONFIG, isolation="process") as model:
             assert model.generate(PROMPTS[0], **GREEDY) == reference
