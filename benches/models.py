@@ -3,10 +3,13 @@
 The blocks of quantised tensors are filled with random bytes around a scale that keeps every
 activation near one, so nothing has to be quantised and numpy is all it takes. The vocabulary is
 made up as well: each word of `words(n)` is exactly one token in all of them.
+
+python -m benches.models --to models qwen2.5-3b-q4_k qwen2.5-7b-q4_k    writes these two
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -38,7 +41,8 @@ class Shape:
     weights: str
     """The type of the matrices; q4_k is the usual mixture that ends in M."""
     embedding: str
-    """The type of the embedding, which is the output matrix, too."""
+    """The type of the embedding, which is the output matrix, too, if that has no type of its own."""
+    output: str | None = None
 
     @property
     def head_width(self) -> int:
@@ -90,6 +94,35 @@ SHAPES: dict[str, Shape] = {
         weights="q4_k",
         embedding="q6_k",
     ),
+    "qwen2.5-3b-q4_k": Shape(
+        architecture="qwen2",
+        width=2048,
+        layers=36,
+        feed_forward=11_008,
+        heads=16,
+        kv_heads=2,
+        vocabulary=151_936,
+        pre_tokenizer="qwen2",
+        context=32_768,
+        rope_base=1e6,
+        weights="q4_k",
+        embedding="q6_k",
+    ),
+    "qwen2.5-7b-q4_k": Shape(
+        architecture="qwen2",
+        width=3584,
+        layers=28,
+        feed_forward=18_944,
+        heads=28,
+        kv_heads=4,
+        vocabulary=152_064,
+        pre_tokenizer="qwen2",
+        context=32_768,
+        rope_base=1e6,
+        weights="q4_k",
+        embedding="q4_k",
+        output="q6_k",
+    ),
     "llama-3.2-1b-q4_0": Shape(
         architecture="llama",
         width=2048,
@@ -133,6 +166,8 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], str, float]]:
     width, kv_width = shape.width, shape.kv_heads * shape.head_width
     yield "token_embd.weight", (width, shape.vocabulary), shape.embedding, 3 * width**-0.5
     yield "output_norm.weight", (width,), "f32", 0.0
+    if shape.output is not None:
+        yield "output.weight", (width, shape.vocabulary), shape.output, 3 * width**-0.5
     if shape.pre_tokenizer == "llama-bpe" and shape.context > 8192:
         yield "rope_freqs.weight", (shape.head_width // 2,), "f32", 0.0
     for layer in range(shape.layers):
@@ -323,3 +358,18 @@ def _tagged(value: Any) -> bytes:
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     return struct.pack("<I", 8) + _text(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benches.models", description="Writes models with random weights."
+    )
+    parser.add_argument("shapes", nargs="+", choices=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--to", type=Path, default=Path("models"), help="a folder (./models)")
+    asked = parser.parse_args()
+    for name in asked.shapes:
+        print(model_file(name, asked.to))
+
+
+if __name__ == "__main__":
+    main()

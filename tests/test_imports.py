@@ -82,6 +82,19 @@ MAY_IMPORT = {
     "manager/__init__": {
         *("._keeper", "._pool", "._snapshots", "_prompt", "errors", "model", "params"),
     },
+    "bench/_machine": {"_core", "hardware", "model"},
+    "bench/_report": {"._machine"},
+    "bench/_files": {"errors", "model", "results"},
+    "bench/_spike3": {
+        *("._files", "._machine", "._report", "errors", "hardware", "manager", "model", "params"),
+    },
+    "bench/_throughput": {
+        *("._files", "._machine", "._report", "._spike3", "hardware", "model", "params"),
+        "results",
+    },
+    "bench/__init__": {
+        *("._files", "._machine", "._report", "._spike3", "._throughput", "errors"),
+    },
     "testing": {"errors", "params", "results"},
     "_package": {"errors"},
     "compat": {

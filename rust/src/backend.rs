@@ -41,10 +41,18 @@ pub struct LlamaCppBackend {
 }
 
 impl LlamaCppBackend {
-    fn open(&mut self, path: &Path, n_gpu_layers: i32, n_ctx: u32) -> Result<()> {
+    fn open(
+        &mut self,
+        path: &Path,
+        n_gpu_layers: i32,
+        n_ctx: u32,
+        n_seq_max: u32,
+    ) -> Result<()> {
         self.close(); // the old model's memory is free before the new one needs its own
-        let config = ModelConfig::new(path)?;
-        let model = Model::load(config.with_gpu_layers(n_gpu_layers).with_context_size(n_ctx))?;
+        let config = ModelConfig::new(path)?.with_gpu_layers(n_gpu_layers);
+        let mut config = config.with_context_size(n_ctx);
+        config.context.n_seq_max = n_seq_max;
+        let model = Model::load(config)?;
         self.context = Some(model.create_context()?);
         self.model = Some(model);
         Ok(())
@@ -69,7 +77,8 @@ impl LlamaCppBackend {
 /// Samples as the spike did: temperature 0.7, then top-p 0.9, seed 42.
 impl ModelBackend for LlamaCppBackend {
     fn load(&mut self, path: &Path, n_gpu_layers: i32, n_ctx: u32) -> Result<()> {
-        self.open(path, n_gpu_layers, n_ctx)
+        // Whoever generates has the backend to himself.
+        self.open(path, n_gpu_layers, n_ctx, 1)
     }
 
     fn generate(&mut self, prompt: &str, max_tokens: u32) -> Result<String> {
@@ -92,7 +101,7 @@ impl ModelBackend for LlamaCppBackend {
 
 impl InferenceBackend for LlamaCppBackend {
     fn load_model(&mut self, path: &Path, n_ctx: u32) -> Result<()> {
-        self.open(path, -1, n_ctx)
+        self.open(path, -1, n_ctx, 0)
     }
 
     fn unload_model(&mut self) {
