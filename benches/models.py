@@ -41,7 +41,7 @@ class Shape:
     weights: str
     """The type of the matrices; q4_k is the usual mixture that ends in M."""
     embedding: str
-    """The type of the embedding, which is the output matrix, too, if that has no type of its own."""
+    """The type of the embedding, which is the output matrix as well, if `output` is None."""
     output: str | None = None
 
     @property

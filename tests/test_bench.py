@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import entry_points
 from math import nan
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_the_table_has_ticks_crosses_and_what_was_not_measured():
         "--------------------------------------------------",
         "3B load                     1.76 s    < 10 s   ✓",
         "3B classification         1,620 ms  < 500 ms   ✗    54 tokens read",
-        "3B VRAM after unload  not measured   ±100 MB   –    no NVML",
+        "3B VRAM after unload  not measured   ±100 MB   -    no NVML",
         "3B short generation       3,033 ms",
         "7B load                     failed    < 10 s   ✗    needs 5 GiB",
         "",
@@ -50,17 +51,17 @@ def test_the_table_has_ticks_crosses_and_what_was_not_measured():
         "  cold       RSS 31 MB, VRAM unknown",
         "  3B loaded  RSS 2,100 MB, VRAM unknown",
         "",
-        "SOME BENCHMARKS FAILED: 1 of 4 passed, 2 failed, 1 not measured. The gate is closed: evaluate"
-        " alternatives (llama.cpp's C API directly, or PyO3).",
+        "SOME BENCHMARKS FAILED: 1 of 4 passed, 2 failed, 1 not measured. The gate is closed:"
+        " evaluate alternatives (llama.cpp's C API directly, or PyO3).",
     ]
 
 
 def test_a_terminal_without_a_tick_says_yes_and_no():
-    lines = report(GOOD, SLOW, UNSEEN).text("ascii").splitlines()
-    assert [line.split("  ")[-1].strip() for line in lines[5:8]] == ["yes", "54 tokens read", "no NVML"]
-    assert lines[6].split()[-4:-3] == ["no"]
-    assert lines[7].split()[-4:-2] == ["MB", "-"]
-    assert "\n".join(lines).isascii()
+    assert report(GOOD, SLOW, UNSEEN).text("ascii").splitlines()[5:8] == [
+        "3B load                     1.76 s    < 10 s  yes",
+        "3B classification         1,620 ms  < 500 ms   no   54 tokens read",
+        "3B VRAM after unload  not measured  +-100 MB   -    no NVML",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_models_are_found_by_what_they_are_and_not_by_their_names(folder: Path):
     small, large = choose(SMALL, folder), choose(LARGE, folder)
     assert (Path(small.path).name, Path(large.path).name) == ("router.gguf", "reasoning.gguf")
     assert small.why == (
-        "3.1 billion parameters, Q4_K_M, 1.8 GiB; the only one in"
+        "3.1 billion parameters, Q4_K_M, 1.7 GiB; the only one in"
         f" `{folder}` with 2.5 to 4 billion parameters"
     )
 
@@ -190,7 +191,7 @@ def test_models_are_found_by_what_they_are_and_not_by_their_names(folder: Path):
 def test_of_several_one_of_4_bits_is_taken(tmp_path: Path):
     shape = SHAPES["qwen2.5-3b"]
     for name, weights in (("a", "q8_0"), ("c", "q4_k"), ("b", "q4_0")):
-        hollow_gguf(tmp_path / f"{name}.gguf", shape.__class__(**vars(shape) | {"weights": weights}))
+        hollow_gguf(tmp_path / f"{name}.gguf", replace(shape, weights=weights))
     chosen = choose(SMALL, tmp_path)
     assert Path(chosen.path).name == "b.gguf"
     assert "; taken before 2 more, 4 bits first in " in chosen.why
@@ -209,7 +210,7 @@ def test_a_folder_without_such_a_model_is_told_with_what_there_is(tmp_path: Path
         choose(SMALL, tmp_path)
     first, *_, hint = str(caught.value).splitlines()
     assert first.startswith(f"no model in `{tmp_path}` has 2.5 to 4 billion parameters: ")
-    assert "`tiny.gguf` has 8.2e-05 billion; " in first
+    assert "`tiny.gguf` has 39,840" in first
     assert f"`{tmp_path / 'page.gguf'}` is not a GGUF model" in first
     assert hint == (
         "hint: put `qwen2.5-3b-instruct-q4_k_m.gguf` there, or name a file with `--model-3b`"
@@ -217,22 +218,22 @@ def test_a_folder_without_such_a_model_is_told_with_what_there_is(tmp_path: Path
 
 
 def test_a_folder_that_is_not_there_or_is_none_is_told(tmp_path: Path):
-    with pytest.raises(ModelNotFoundError, match="there is no folder `.*nowhere`"):
+    with pytest.raises(ModelNotFoundError, match=r"there is no folder `.*nowhere`"):
         choose(LARGE, tmp_path / "nowhere")
     with pytest.raises(ModelNotFoundError, match=r"there is no `\.gguf` file"):
         choose(LARGE, tmp_path)
     file = tiny_gguf(tmp_path / "tiny.gguf")
-    with pytest.raises(InvalidRequestError, match="must be a folder, and `.*` is a file"):
+    with pytest.raises(InvalidRequestError, match=r"must be a folder, and `.*` is a file"):
         choose(LARGE, file)
 
 
 # The command
 
 
-@pytest.mark.parametrize("benchmark", [["spike3"], ["standard"], ["gpu-vs-cpu"], ["concurrency", "4"]])
+@pytest.mark.parametrize("benchmark", ["spike3", "standard", "gpu-vs-cpu", "concurrency 4"])
 def test_without_models_the_command_says_so_and_measures_nothing(benchmark, tmp_path, capsys):
     nowhere = str(tmp_path / "nowhere")
-    assert main([*benchmark, "--model-dir", nowhere, "--json"]) == 2
+    assert main([*benchmark.split(), "--model-dir", nowhere, "--json"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines()[0] == f"ModelNotFoundError: there is no folder `{nowhere}`"

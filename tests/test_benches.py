@@ -6,6 +6,7 @@ import json
 import os
 from argparse import Namespace
 from dataclasses import replace
+from math import prod
 from xml.etree import ElementTree
 
 import pytest
@@ -14,7 +15,7 @@ from benches.__main__ import Contender, _cases, _contenders, _is_complete, _plan
 from benches.cases import BATCHED_LIKE_US, CASES, OURS, OURS_ASYNC, Case, Metric, Target
 from benches.engines import ENGINES, Answer, Setting, _attention
 from benches.jobs import JOBS, percentile_99
-from benches.models import words
+from benches.models import SHAPES, _tensors, words
 from benches.report import Result
 
 SPEED = Metric("rate", "tokens/s", "tok/s", more_is_better=True, targets=(Target(1.5, "them"),))
@@ -242,6 +243,14 @@ def test_the_99th_percentile_lies_within_what_was_seen():
 def test_a_text_has_a_word_for_each_token_and_another_seed_begins_differently():
     assert len(words(100, 1).split()) == 100
     assert words(4, 1) != words(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("qwen2.5-3b-q4_k", 3_085_938_688), ("qwen2.5-7b-q4_k", 7_615_616_512)],
+)
+def test_a_shape_has_as_many_parameters_as_the_model_it_is_named_after(name: str, parameters: int):
+    assert sum(prod(sizes) for _, sizes, _, _ in _tensors(SHAPES[name])) == parameters
 
 
 def test_a_neighbour_is_held_to_its_core_and_is_gone_afterwards():

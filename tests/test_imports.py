@@ -84,7 +84,7 @@ MAY_IMPORT = {
     },
     "bench/_machine": {"_core", "hardware", "model"},
     "bench/_report": {"._machine"},
-    "bench/_files": {"errors", "model", "results"},
+    "bench/_files": {"errors", "hardware", "model", "results"},
     "bench/_spike3": {
         *("._files", "._machine", "._report", "errors", "hardware", "manager", "model", "params"),
     },

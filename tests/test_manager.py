@@ -12,6 +12,7 @@ import pytest
 
 from tabagent_model import (
     AsyncModelManager,
+    ContextTooSmallError,
     InvalidRequestError,
     ModelBusyError,
     ModelConfig,
@@ -477,6 +478,17 @@ class TestFailing:
         assert told(pool.unloaded("b", 6)) == ["load c"]
         assert refusal(pool.failed("c", short, 7)).args == short.args
         assert told(pool.ask(Ticket("c", "use"), 8)) == ["load c"]
+
+    def test_a_context_that_finds_no_memory_is_a_shortage_and_any_other_is_not(self):
+        pool = pool_of("ab")
+        visit(pool, "a", 0)
+        pool.ask(Ticket("b", "use"), 1)
+        assert refusal(pool.failed("b", ContextTooSmallError("it has no such heads"), 2))
+        pool.ask(Ticket("b", "use"), 3)
+        assert told(pool.failed("b", ContextTooSmallError("failed to allocate 3 GB"), 4)) == [
+            "unload a"
+        ]
+        assert told(pool.unloaded("a", 5)) == ["load b"]
 
     def test_where_memory_is_much_too_short_nothing_leaves_in_vain(self):
         pool = pool_of("ab")

@@ -66,7 +66,8 @@ struct Spike {
 
 impl Spike {
     fn warm_up(&mut self) -> Outcome<()> {
-        let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/python/tabagent_model/assets/tiny-chat.gguf");
+        let tiny =
+            concat!(env!("CARGO_MANIFEST_DIR"), "/python/tabagent_model/assets/tiny-chat.gguf");
         self.load(Path::new(tiny))?;
         self.backend.generate(WARM_UP, 1)?;
         self.backend.unload()?;
@@ -101,10 +102,11 @@ impl Spike {
     /// A backend holds one model, and lets go of it before it loads the next.
     fn swap(&mut self, small: &Path, large: &Path) -> Outcome<()> {
         let row = Row::new("swap", "out of memory", "times").exactly(0.0);
-        self.rows.push(match self.load_and_swap(small, large) {
+        let row = match self.load_and_swap(small, large) {
             Ok(()) => row.measured(0.0),
             Err(error) => row.broken(no_memory(error)?),
-        });
+        };
+        self.rows.push(row);
         self.backend.unload()?;
         self.reclaimed("swap")
     }
@@ -278,7 +280,8 @@ impl Reading {
     fn now() -> Reading {
         let gpus: Vec<_> =
             model::backend_devices().into_iter().filter(|device| device.is_gpu).collect();
-        let used = gpus.iter().map(|gpu| gpu.memory.map(|(total, free)| total.saturating_sub(free)));
+        let used =
+            gpus.iter().map(|gpu| gpu.memory.map(|(total, free)| total.saturating_sub(free)));
         let vram = if gpus.is_empty() { None } else { used.sum() };
         Reading { rss: memory::resident_bytes(), vram }
     }
@@ -314,8 +317,7 @@ struct Asked {
 impl Asked {
     fn read() -> Outcome<Asked> {
         let folder = PathBuf::from("./models");
-        let mut asked =
-            Asked { folder, n_gpu_layers: 99, n_ctx: 2048, small: None, large: None };
+        let mut asked = Asked { folder, n_gpu_layers: 99, n_ctx: 2048, small: None, large: None };
         let mut words = std::env::args().skip(1);
         while let Some(word) = words.next() {
             let value = words.next().ok_or_else(|| format!("`{word}` needs a value"))?;

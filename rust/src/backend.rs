@@ -41,13 +41,7 @@ pub struct LlamaCppBackend {
 }
 
 impl LlamaCppBackend {
-    fn open(
-        &mut self,
-        path: &Path,
-        n_gpu_layers: i32,
-        n_ctx: u32,
-        n_seq_max: u32,
-    ) -> Result<()> {
+    fn open(&mut self, path: &Path, n_gpu_layers: i32, n_ctx: u32, n_seq_max: u32) -> Result<()> {
         self.close(); // the old model's memory is free before the new one needs its own
         let config = ModelConfig::new(path)?.with_gpu_layers(n_gpu_layers);
         let mut config = config.with_context_size(n_ctx);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,7 +37,7 @@ needs_no_gpu = pytest.mark.skipif(
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    return tiny_gguf(tmp_path / "other.gguf", control=["<|im_start|>", "<|im_end|>"])
+    return tiny_gguf(tmp_path / "other.gguf")
 
 
 def passed(told: dict[str, Any]) -> dict[str, bool | None]:
@@ -123,7 +124,7 @@ def test_the_standard_stands_beside_what_was_expected_once():
 
 def test_a_context_too_small_for_the_figures_is_refused(capsys: pytest.CaptureFixture[str]):
     assert main(["standard", "--model", str(BUNDLED_MODEL), "--n-ctx", "256"]) == 2
-    assert "`n_ctx` must be from 512 to" in capsys.readouterr().err
+    assert "`n_ctx` must be a whole number between 512 and" in capsys.readouterr().err
 
 
 # A swap with memory for one of two
@@ -133,70 +134,74 @@ def test_a_budget_for_one_lets_the_first_leave_before_the_second_comes():
     fields: Any = {"n_ctx": 1024, "max_parallel": 4}
     draft = BUNDLED_MODEL.with_name("tiny-draft.gguf")
     needs = [estimate(path, **fields).needed for path in (BUNDLED_MODEL, draft)]
-    steps = []
+    steps: list[tuple[str, str, float]] = []
     with ModelManager(
         max_loaded=2,
         max_bytes=sum(needs) - 1,
+        estimate=lambda config: estimate(config).needed,
         on_event=lambda event: steps.append((event.model, event.step, event.progress)),
     ) as models:
         models.register_model("3B", **fields)
         models.register_model("7B", draft, **fields)
         for name in ("3B", "7B", "3B"):
             assert models.swap(name).generate("One, two,", max_tokens=4).tokens
-    whole = [(model, step) for model, step, progress in steps if progress == 1.0 and step != "drain"]
+    whole = [
+        (model, step) for model, step, progress in steps if progress == 1.0 and step != "drain"
+    ]
     assert whole[:5] == [
         *(("3B", "load"), ("3B", "unload"), ("7B", "load")),
         *(("7B", "unload"), ("3B", "load")),
     ]
 
 
-# The system gives out memory for one and a half of them. The manager may hold two, so that it learns
-# of it from the load alone.
+# The system gives out memory for one and a half of them. The manager may hold two, so it hears of
+# that from the load alone.
 PROGRAM = """
-import resource, sys
+import resource
 from pathlib import Path
 from tabagent_model import Model, ModelManager, OutOfMemoryError
 from tabagent_model.errors import ContextTooSmallError
-from tabagent_model.params import BUNDLED_MODEL
 
-FILES = {"3B": BUNDLED_MODEL, "7B": BUNDLED_MODEL.with_name("tiny-draft.gguf")}
-FIELDS = {"n_ctx": 2048, "max_parallel": 64, "kv_type": "f32", "prompt_cache_mb": 0}
+FIELDS = {"n_ctx": 2048, "max_parallel": 24, "kv_type": "f32", "prompt_cache_mb": 0}
 
 def size():
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmSize:")[2].split()[0]) * 1024
 
-def asked(model):
+def num_written(model):
     return len(model.generate("Hello", max_tokens=8, ignore_eos=True).tokens)
 
-sizes = []
-for path in FILES.values():
-    with Model.load(path, **FIELDS) as model:
-        asked(model)
-        sizes.append(size())
-room = min(sizes) - size()
-resource.setrlimit(resource.RLIMIT_AS, (max(sizes) + room // 2, resource.RLIM_INFINITY))
-with Model.load(FILES["3B"], **FIELDS):
+with Model.load(**FIELDS) as model:
+    num_written(model)
+    with_one = size()
+room = with_one - size()
+resource.setrlimit(resource.RLIMIT_AS, (with_one + room // 2, resource.RLIM_INFINITY))
+with Model.load(**FIELDS):
     try:
-        Model.load(FILES["7B"], **FIELDS)
-    except (OutOfMemoryError, ContextTooSmallError) as error:
-        print("both:", type(error).__name__)
+        Model.load(**FIELDS)
+    except (OutOfMemoryError, ContextTooSmallError):
+        print("there is no room for both")
 with ModelManager(max_loaded=2) as models:
-    for name, path in FILES.items():
-        models.register_model(name, path, **FIELDS)
+    models.register_model("3B", **FIELDS)
+    models.register_model("7B", **FIELDS)
     for name in ("3B", "7B") * 3:
-        states = [f"{asked(models.swap(name))} of {name}"]
-        states += [each.name for each in models.list_models() if each.state == "loaded"]
-        print(*states)
+        written = num_written(models.swap(name))
+        loaded = [each.name for each in models.list_models() if each.state == "loaded"]
+        print(name, written, loaded)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_where_the_system_has_memory_for_one_a_swap_still_works():
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=90, check=False
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+        env=os.environ | {"MALLOC_ARENA_MAX": "1"},  # others are reserved, and never used
     )
     assert ran.returncode == 0, ran.stderr
     both, *swaps = ran.stdout.splitlines()
-    assert both in ("both: OutOfMemoryError", "both: ContextTooSmallError")
-    assert swaps == ["8 of 3B 3B", "8 of 7B 7B"] * 3
+    assert both == "there is no room for both"
+    assert swaps == ["3B 8 ['3B']", "7B 8 ['7B']"] * 3

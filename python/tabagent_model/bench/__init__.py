@@ -5,8 +5,8 @@
     gpu-vs-cpu     the same model on both
     concurrency N  so many requests together, against one alone
 
-Exit codes: 0 all passed, 1 something failed, 2 nothing could be measured, 3 not all was measured. How
-this package does next to others is another question, which the repository's `benches` answer.
+Exit codes: 0 all passed, 1 something failed, 2 nothing could be measured, 3 not all was measured.
+How this package does next to others is another question, which the repository's `benches` answer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace) -> Report:
-    common: dict[str, Any] = {"n_gpu_layers": asked.n_gpu_layers, "n_ctx": asked.n_ctx, "tell": _tell}
+    common: dict[str, Any] = {
+        "n_gpu_layers": asked.n_gpu_layers,
+        "n_ctx": asked.n_ctx,
+        "tell": _tell,
+    }
     if asked.benchmark == "spike3":
         small = _chosen(SMALL, asked.model_3b, asked.model_dir)
         large = _chosen(LARGE, asked.model_7b, asked.model_dir)
@@ -69,7 +73,7 @@ def _say(report: Report, as_json: bool) -> None:
 
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        print(report.text(sys.stdout.encoding))
+        print(report.text(sys.stdout.encoding or "utf-8"))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
 """Which files are the models to measure, and why those.
 
-A model is what its header says, whatever the file is called: any model with as many parameters does.
+A model is what its header says, whatever its file is called: any one with as many parameters does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..errors import (
     TabAgentModelError,
     UnreadableModelError,
 )
+from ..hardware import shown
 from ..model import inspect
 from ..results import ModelDescription
 
@@ -40,7 +41,7 @@ class Size:
         return f"{self.least:g} to {self.most:g} billion parameters"
 
     def has(self, model: ModelDescription) -> bool:
-        return self.least <= _billions(model) <= self.most and not model.is_embedding
+        return self.least <= model.n_params / 1e9 <= self.most and not model.is_embedding
 
 
 SMALL = Size("3B", 2.5, 4.0, "qwen2.5-3b-instruct-q4_k_m.gguf")
@@ -101,19 +102,17 @@ def _models_in(folder: Path) -> tuple[list[ModelDescription], list[str]]:
 def _nothing_fits(
     size: Size, folder: str | os.PathLike[str], sound: list[ModelDescription], broken: list[str]
 ) -> ModelNotFoundError:
-    there = [f"`{Path(each.path).name}` has {_billions(each):.2g} billion" for each in sound] + broken
-    message = (
-        f"no model in `{folder}` has {size.range}:"
-        f" {'; '.join(there) or 'there is no `.gguf` file'}"
-    )
+    there = [f"`{Path(each.path).name}` has {_counted(each.n_params)}" for each in sound] + broken
+    found = "; ".join(there) or "there is no `.gguf` file"
+    message = f"no model in `{folder}` has {size.range}: {found}"
     hint = f"put `{size.usual}` there, or name a file with `{size.option}`"
     return ModelNotFoundError(message, hint=hint)
 
 
 def _described(found: ModelDescription) -> str:
-    gib = found.size_bytes / (1 << 30)
-    return f"{_billions(found):.2g} billion parameters, {found.quantization}, {gib:.1f} GiB"
+    size = shown(found.size_bytes)
+    return f"{_counted(found.n_params)} parameters, {found.quantization}, {size}"
 
 
-def _billions(found: ModelDescription) -> float:
-    return found.n_params / 1e9
+def _counted(number: int) -> str:
+    return f"{number / 1e9:.1f} billion" if number >= 1e8 else f"{number:,}"

@@ -113,12 +113,13 @@ class Report:
     def __str__(self) -> str:
         return self.text()
 
-    def text(self, encoding: str | None = None) -> str:
+    def text(self, encoding: str = "utf-8") -> str:
         """For a person; `encoding` is what the terminal can show."""
+        spelling = _spelling(encoding)
         facts = [f"{name:10}{fact}" for name, fact in self.facts.items()]
-        parts = [facts, _table(self.results, _marks(encoding)), _stages(self.readings)]
-        told = "\n\n".join("\n".join(part) for part in parts if part)
-        return f"{told}\n\n{self._conclusion()}".translate(_plain(encoding))
+        parts = [facts, _table(self.results, spelling), _stages(self.readings)]
+        told = "\n\n".join("\n".join(part) for part in [*parts, [self._conclusion()]] if part)
+        return told.translate(spelling).encode(encoding, "backslashreplace").decode(encoding)
 
     def _conclusion(self) -> str:
         passed = [gate.passed for gate in self.gates]
@@ -136,12 +137,14 @@ class Report:
         return f"{head}: {counted}." + (f" {consequence}" if consequence else "")
 
 
-def _table(results: tuple[BenchmarkResult, ...], marks: Mapping[bool | None, str]) -> list[str]:
+def _table(results: tuple[BenchmarkResult, ...], spelling: Mapping[int, str]) -> list[str]:
+    marks = {True: "✓", False: "✗", None: "-"}
     rows = [("Benchmark", "Result", "Target", "Pass", "")]
     for result in results:
         target = "" if result.target is None else f"{result.target} {result.unit}"
         mark = "" if result.target is None else marks[result.passed]
-        rows.append((result.name, result.shown, target, mark, result.note))
+        cells = (result.name, result.shown, target, mark, result.note)
+        rows.append(tuple(cell.translate(spelling) for cell in cells))
     wide = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         f"{name:{wide[0]}}  {value:>{wide[1]}}  {target:>{wide[2]}}  {mark:^{wide[3]}}  {note}"
@@ -158,20 +161,11 @@ def _stages(readings: Mapping[str, Reading]) -> list[str]:
     return ["Memory", *(f"  {stage:{wide}}  {reading}" for stage, reading in readings.items())]
 
 
-def _marks(encoding: str | None) -> dict[bool | None, str]:
+def _spelling(encoding: str) -> dict[int, str]:
     """A tick that a terminal shows as a question mark would look like a cross shown so."""
-    fits = _can_show("✓✗–", encoding)
-    return {True: "✓", False: "✗", None: "–"} if fits else {True: "yes", False: "no", None: "-"}
-
-
-def _plain(encoding: str | None) -> dict[int, str]:
-    """What else has a plain spelling."""
-    return {} if _can_show("≥±→–", encoding) else str.maketrans({"≥": ">=", "±": "+-", "→": "->"})
-
-
-def _can_show(text: str, encoding: str | None) -> bool:
+    plain = {"✓": "yes", "✗": "no", "≥": ">=", "±": "+-", "→": "->"}
     try:
-        text.encode(encoding or "utf-8")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
+        "".join(plain).encode(encoding)
+    except UnicodeEncodeError:
+        return str.maketrans(plain)
+    return {}

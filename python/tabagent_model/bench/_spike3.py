@@ -13,7 +13,7 @@ driver and llama.cpp set up once stays until the process ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .. import hardware
@@ -24,7 +24,7 @@ from ..model import Model
 from ..params import GenerationConfig, ModelConfig
 from ._files import Chosen
 from ._machine import Reading, facts_of, growth, placed, read, read_after_unload
-from ._report import BenchmarkResult, Report, Target
+from ._report import BenchmarkResult, Report, Target, Verdict
 
 LOAD_S = Target("<", 10)
 CLASSIFICATION_MS = Target("<", 500)
@@ -32,7 +32,7 @@ GENERATION_MS = Target("<", 2000)
 RECLAIMED_MB = Target("±", 100)
 NONE = Target("=", 0)
 
-CONSEQUENCES = {
+CONSEQUENCES: Mapping[Verdict, str] = {
     "passed": "The gate is open: proceed.",
     "failed": "The gate is closed: evaluate alternatives (llama.cpp's C API directly, or PyO3).",
     "undecided": "The gate stays closed until everything was measured, on a machine with a GPU.",
@@ -64,9 +64,7 @@ def spike3(
     tell: Callable[[str], object] = lambda what: None,
 ) -> Report:
     """Run the three phases; `tell` hears what is being done."""
-    config = ModelConfig(
-        n_ctx=n_ctx, max_parallel=1, gpu_layers=n_gpu_layers, use_mmap=use_mmap
-    )
+    config = ModelConfig(n_ctx=n_ctx, max_parallel=1, gpu_layers=n_gpu_layers, use_mmap=use_mmap)
     configs = {"3B": config.with_model_path(small.path), "7B": config.with_model_path(large.path)}
     run = _Run(tell)
     run.warm_up(config)

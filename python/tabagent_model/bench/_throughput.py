@@ -22,8 +22,8 @@ NUM_PROMPT, NUM_STANDARD, NUM_COMPARED, NUM_CROWD = 128, 256, 64, 64
 LEAST_N_CTX = 512
 EVERYTHING = GenerationConfig(ignore_eos=True, seed=42)
 
-# The seed's own table, by kind of device. Only its rates are asked for: 256 tokens in the times that it
-# names would be many times as fast.
+# The seed's own table, by kind of device. Only its rates are asked for: 256 tokens in the times
+# that it names would be many times as fast.
 RATES = {"cpu": Target("≥", 10), "cuda": Target("≥", 100), "metal": Target("≥", 50)}
 EXPECTED = {
     "cpu": ("1 to 3 s", "500 to 2,000 ms", "10 to 50 tok/s"),

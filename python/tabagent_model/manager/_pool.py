@@ -19,7 +19,13 @@ from itertools import count
 from math import inf
 from typing import Literal, NamedTuple
 
-from ..errors import ModelBusyError, ModelNotLoadedError, NoRoomError, QueueFullError
+from ..errors import (
+    ContextTooSmallError,
+    ModelBusyError,
+    ModelNotLoadedError,
+    NoRoomError,
+    QueueFullError,
+)
 from ..params import Priority
 
 State = Literal["unloaded", "loading", "loaded", "draining", "unloading"]
@@ -77,7 +83,7 @@ class Member:
     """Nobody waits any more for the load that is under way."""
     crowd: frozenset[str] = frozenset()
     """Beside these the memory was not enough, and the error that said so."""
-    shortage: MemoryError | None = None
+    shortage: Exception | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -172,7 +178,7 @@ class Pool:
         again; and what left for a swap comes back."""
         member = self.members[name]
         member.state, self._now = "unloaded", now
-        if not member.is_given_up and isinstance(error, MemoryError) and self._may_help(error):
+        if not member.is_given_up and _is_shortage(error) and self._may_help(error):
             member.crowd = frozenset(other.name for other in self._present())
             member.shortage = error
         elif not member.is_given_up:  # given up, and wanted again since: then it is just repeated
@@ -413,7 +419,7 @@ class Pool:
         num_bytes = sum(other.needs for other in stay) + member.needs
         return not is_crowded and len(stay) < self._max_loaded and num_bytes <= self._max_bytes
 
-    def _may_help(self, shortage: MemoryError) -> bool:
+    def _may_help(self, shortage: Exception) -> bool:
         """Whether unloading something could give the memory that was missing."""
         missing = getattr(shortage, "needed", 1) - getattr(shortage, "free", 0)
         present = self._present()
@@ -486,6 +492,12 @@ def size(num_bytes: float) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}"
     return f"{num_bytes:.0f} bytes"
+
+
+def _is_shortage(error: Exception) -> bool:
+    """For a context that it cannot make llama.cpp has one error, and words for what it lacked."""
+    is_refused = isinstance(error, ContextTooSmallError) and "alloc" in str(error)
+    return is_refused or isinstance(error, MemoryError)
 
 
 def _copied(error: Exception) -> Exception:
