@@ -139,7 +139,7 @@ class Report:
 
 def _table(results: tuple[BenchmarkResult, ...], spelling: Mapping[int, str]) -> list[str]:
     marks = {True: "✓", False: "✗", None: "-"}
-    rows = [("Benchmark", "Result", "Target", "Pass", "")]
+    rows: list[tuple[str, ...]] = [("Benchmark", "Result", "Target", "Pass", "")]
     for result in results:
         target = "" if result.target is None else f"{result.target} {result.unit}"
         mark = "" if result.target is None else marks[result.passed]
