@@ -158,7 +158,7 @@ def test_memory_of_a_gpu_that_nothing_was_put_on_has_not_come_back():
 def test_why_there_is_no_figure_of_a_gpu():
     assert why_no_vram(machines.CARD_6, is_on_gpu=True) == ""
     assert why_no_vram(machines.CARD_6, is_on_gpu=False) == "no layer was on a GPU"
-    assert why_no_vram(machines.NO_GPU, is_on_gpu=False) == machines.NO_GPU.reason
+    assert why_no_vram(machines.NO_GPU, is_on_gpu=False) == "no GPU can be used here"
     assert facts_of(machines.NO_GPU)["GPU"] == f"none: {machines.NO_GPU.reason}"
     assert facts_of(machines.CARD_6)["GPU"] == "GTX 1660 (CUDA0, 6.0 GiB)"
 

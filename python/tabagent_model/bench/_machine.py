@@ -65,9 +65,10 @@ def facts_of(machine: Machine) -> dict[str, str]:
 def placed(model: Model) -> str:
     """Where its layers are, which may be less than was asked for."""
     info = model.info()
-    device, reason = info["placement"]["device"], info["reason"]
-    where = f"on {device}, {info['gpu_layers']} layers on a GPU, {info['n_threads']} threads"
-    return f"{where}; {reason}" if reason else where
+    where = f"{info['placement']['device']}, {info['n_threads']} threads"
+    if info["gpu_layers"]:
+        where += f", {info['gpu_layers']} of {info['n_layers'] + 1} layers on a GPU"
+    return f"{where}; {info['reason']}" if info["failed_rungs"] else where
 
 
 def _megabytes(num_bytes: int | None) -> str:

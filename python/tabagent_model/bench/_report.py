@@ -31,7 +31,7 @@ class Target:
         }[self.sign]
 
     def __str__(self) -> str:
-        return f"{self.sign}{'' if self.sign == '±' else ' '}{self.limit:g}"
+        return f"{self.sign}{'' if self.sign == '±' else ' '}{self.limit:,g}"
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class _Run:
             yield BenchmarkResult(f"{name} load", time.perf_counter() - began, "s", LOAD_S)
             with model:
                 self._tell(f"{name}: asking")
-                self.placements[f"{name} lies"] = placed(model)
+                self.placements[f"{name} is on"] = placed(model)
                 warm_up = self._ask(model, WARM_UP, ONE_WORD)
                 sentence = self._ask(model, GENERATION, ONE_SENTENCE)
                 word = self._ask(model, CLASSIFICATION, ONE_WORD)
@@ -175,7 +175,9 @@ class _Answer:
 
 def why_no_vram(machine: Machine, is_on_gpu: bool) -> str:
     """Memory that was never taken cannot come back: then there is nothing to measure."""
-    return "" if is_on_gpu else machine.reason or "no layer was on a GPU"
+    if is_on_gpu:
+        return ""
+    return "no layer was on a GPU" if machine.usable_gpus else "no GPU can be used here"
 
 
 def reclaimed(

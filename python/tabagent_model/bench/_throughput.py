@@ -51,7 +51,7 @@ def standard(
     began = time.perf_counter()
     with Model.load(config) as loaded:
         load_s = time.perf_counter() - began
-        kind, is_on_gpu, lies = _kind(loaded), loaded.info()["gpu_layers"] > 0, placed(loaded)
+        kind, is_on_gpu, where = _kind(loaded), loaded.info()["gpu_layers"] > 0, placed(loaded)
         answers = []
         for number in range(rounds):
             tell(f"round {number + 1} of {rounds}")
@@ -63,7 +63,7 @@ def standard(
         *_beside_the_seed(kind, load_s, answers),
         *reclaimed("model", readings["warm"], readings["unloaded"], why_not),
     )
-    facts = {**facts_of(machine), "model": str(model), "it lies": lies}
+    facts = {**facts_of(machine), "model": str(model), "it is on": where}
     return Report("standard", facts, results, readings)
 
 
@@ -84,7 +84,7 @@ def gpu_vs_cpu(
     if not why_not:
         tell("on the GPU")
         with Model.load(config) as loaded:
-            facts["it lies"] = placed(loaded)
+            facts["it is on"] = placed(loaded)
             if loaded.info()["gpu_layers"]:
                 gpu = _speeds(loaded)
             else:
@@ -114,7 +114,7 @@ def concurrency(
     config = _config(model, n_gpu_layers, n_ctx).with_parallel(num_requests)
     facts = {**facts_of(hardware.detect()), "model": str(model)}
     with Model.load(config) as loaded:
-        facts["it lies"] = placed(loaded)
+        facts["it is on"] = placed(loaded)
         tell("one alone")
         alone = _write(loaded, 0, NUM_CROWD)
         tell(f"{num_requests} together")
