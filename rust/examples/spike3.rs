@@ -44,9 +44,9 @@ fn main() -> ExitCode {
 
 fn run() -> Outcome<Vec<Row>> {
     let asked = Asked::read()?;
+    start()?;
     let small = asked.model(&asked.small, 2.5e9..=4e9)?;
     let large = asked.model(&asked.large, 6.5e9..=8.5e9)?;
-    start()?;
 
     let mut spike = Spike { asked, backend: LlamaCppBackend::default(), warm: None, rows: vec![] };
     spike.warm_up()?;
@@ -149,7 +149,7 @@ impl Spike {
         // Memory that nobody took cannot come back either.
         self.rows.push(match self.asked.n_gpu_layers {
             0 => vram.because("no layer was on a GPU"),
-            _ => vram.compared(before.vram, after.vram).because(&why_no_gpu()),
+            _ => vram.compared(before.vram, after.vram).because("no GPU can be used here"),
         });
         Ok(())
     }
@@ -238,7 +238,7 @@ impl Row {
         let mark = match (self.target.is_some(), self.passed()) {
             (_, Some(true)) => "✓",
             (_, Some(false)) => "✗",
-            (true, None) => "–",
+            (true, None) => "-",
             (false, None) => "",
         };
         let line = format!("{:22}  {value:>14}  {target:>10}  {mark:1}  {}", self.name, self.note);
@@ -287,10 +287,6 @@ impl Reading {
     }
 }
 
-fn why_no_gpu() -> String {
-    gpu::detect().reason.unwrap_or_else(|| "llama.cpp cannot use the GPU".into())
-}
-
 /// The errors that a row is about; any other ends the program.
 fn no_memory(error: Error) -> Result<Error, Error> {
     match error {
@@ -302,8 +298,13 @@ fn no_memory(error: Error) -> Result<Error, Error> {
 fn start() -> Outcome<()> {
     let libraries = Path::new(env!("TABAGENT_BUILT_LIBRARIES"));
     let best = modules::usable_modules(libraries)?.remove(0);
-    println!("module {}, {}", best.name, model::llama_version());
-    Ok(model::start(libraries, &best.name)?)
+    model::start(libraries, &best.name)?;
+    println!("module {}, llama.cpp {}", best.name, model::llama_version());
+    match model::backend_devices().iter().find(|device| device.is_gpu) {
+        Some(found) => println!("GPU {}, {}", found.name, found.description),
+        None => println!("no GPU: {}", gpu::detect().reason.unwrap_or("it has no backend".into())),
+    }
+    Ok(())
 }
 
 struct Asked {
