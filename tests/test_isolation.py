@@ -100,6 +100,11 @@ class ChatParser:
     def finish(self, is_complete=True):
         return [("content", "!")], {"pieces": "".join(self.pieces), "complete": is_complete}
 
+class ChatPrompt:
+    is_plain = True
+    def parser(self, patience=50):
+        return 1 / 0
+
 class ScriptedModel:
     path, load_time_ms, gpu_layers = "scripted.gguf", 1.5, 0
     size_bytes, n_params, is_repacked = 10, 2, False
@@ -117,6 +122,8 @@ class ScriptedModel:
                 if os.path.exists(f"/proc/self/fd/{fd}")}
     def parser(self):
         return ChatParser()
+    def prompt(self):
+        return ChatPrompt()
     def echo(self, *given, **named):
         return given, named
     def fail(self):
@@ -432,6 +439,17 @@ def test_a_parser_is_not_asked_for_every_piece(model: Model):
     rest, message = parser.finish(False)
     assert "".join(text for found in (*deltas, rest) for _, text in found) == "abc" * 50 + "!"
     assert message == {"pieces": "abc" * 50, "complete": False}
+
+
+def test_an_answer_that_is_only_content_is_read_here(model: Model):
+    parser: Any = model._native.prompt().parser()  # type: ignore[union-attr]
+    assert [parser.feed(piece) for piece in ("a", "", "b")] == [
+        [("content", "a")],
+        [],
+        [("content", "b")],
+    ]
+    whole = {"content": "ab", "reasoning": "", "tool_calls": [], "error": None}
+    assert parser.finish(False) == ([], whole)
 
 
 def test_only_public_methods_can_be_called(model: Model):
