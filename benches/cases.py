@@ -268,7 +268,9 @@ def _isolation(name: str, model: str, streams: int, tokens: int, takes_s: float)
                 more_is_better=True,
                 targets=() if is_tiny else (Target(0.97),),
             ),
-            Metric("us_per_token", "longer per token", "µs", has_factor=False, targets=(Target(30),)),
+            Metric(
+                "us_per_token", "longer per token", "µs", has_factor=False, targets=(Target(30),)
+            ),
             Metric("first_later_ms", "later first token", "ms", targets=(Target(1),)),
             Metric("parent_us_per_token", "CPU of the parent per token", "µs"),
             replace(_RATE, key="there_rate", title="tokens/s with it"),
@@ -323,9 +325,7 @@ _SERVED_WELL = (
 )
 # The engine of this model leaves little to be seen but what is around it, and asks for no lead.
 _SERVED_TINY = tuple(replace(metric, targets=()) for metric in (_SERVED_RATE, *_LATENCIES))
-_DOOR = Metric(
-    "door_us_per_token", "CPU of the HTTP side per token", "µs", has_factor=False
-)
+_DOOR = Metric("door_us_per_token", "CPU of the HTTP side per token", "µs", has_factor=False)
 
 
 CASES = (
@@ -466,23 +466,23 @@ CASES = (
     _isolation("isolation-0.5b", HALF, 1, 48, takes_s=22),
     _isolation("isolation-tiny", "tiny", 1, 256, takes_s=8),
     _isolation("isolation-crowd-tiny", "tiny", 64, 64, takes_s=20),
-    _http("http-1", "one client", 12),
-    _http("http-8", "8 clients", 25, clients=8, requests=24),
-    _http("http-32", "32 clients", 40, clients=32, requests=40),
-    _http("http-64", "64 clients", 65, clients=64, requests=72),
+    _http("http-1", "one client", 11),
+    _http("http-8", "8 clients", 24, clients=8, requests=24),
+    _http("http-32", "32 clients", 37, clients=32, requests=40),
+    _http("http-64", "64 clients", 58, clients=64, requests=64),
     _http(
         "http-poisson",
-        "as they come, one in two seconds",
-        60,
+        "as they come, one in a second",
+        37,
         metrics=_LATENCIES,
         clients=0,
-        requests=24,
-        per_s=0.5,
+        requests=32,
+        per_s=1.0,
     ),
     _http(
         "http-prefix",
         "8 clients with the same beginning of 600 tokens",
-        35,
+        18,
         clients=8,
         requests=24,
         prompt=[16, 64],
@@ -505,12 +505,12 @@ CASES = (
         ),
         n_ctx=0,
         streams=0,
-        takes_s=25,
+        takes_s=22,
     ),
     _http(
         "http-tiny-1",
         "one client",
-        4,
+        6,
         _DOOR,
         model="tiny",
         metrics=_SERVED_TINY,
@@ -521,7 +521,7 @@ CASES = (
     _http(
         "http-tiny-64",
         "64 streams at once",
-        8,
+        10,
         replace(_DOOR, targets=(Target(60),)),
         model="tiny",
         metrics=_SERVED_TINY,

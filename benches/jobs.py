@@ -254,14 +254,11 @@ def http(
     """Chats over HTTP: of clients that ask in turns, or of as many as come, `per_s`."""
     dice = random.Random(seed)
     beginning = [{"role": "system", "content": words(shared, seed + _LONG)}] if shared else []
-    chats = [
-        load.Chat(
-            [*beginning, {"role": "user", "content": words(_between(dice, *prompt), seed * 1000 + i)}],
-            _between(dice, *answer),
-            SAMPLING,
-        )
-        for i in range(requests)
-    ]
+    chats = []
+    for number in range(requests):
+        said = words(_between(dice, *prompt), seed * 1000 + number)
+        messages = [*beginning, {"role": "user", "content": said}]
+        chats.append(load.Chat(messages, _between(dice, *answer), SAMPLING))
     _warm_up_server(engine)
     door, cpu, began = _door_seconds(engine), time.process_time(), time.perf_counter()
     if per_s:

@@ -26,6 +26,7 @@ from benches.engines import ENGINES, Answer, Setting, _attention
 from benches.jobs import JOBS, percentile_99
 from benches.models import words
 from benches.report import Result
+
 from serving import Served, scripted
 
 SPEED = Metric("rate", "tokens/s", "tok/s", more_is_better=True, targets=(Target(1.5, "them"),))
@@ -306,9 +307,7 @@ async def test_events_are_read_however_they_arrive(size: int):
     framed = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
     answer = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + framed + b"0\r\n\r\n"
     found = load.Exchange()
-    found.arrived = [
-        (float(at), answer[at : at + size]) for at in range(0, len(answer), size)
-    ]
+    found.arrived = [(float(at), answer[at : at + size]) for at in range(0, len(answer), size)]
     heard = found.heard(2)
     assert (len(heard.pieces), heard.tokens, heard.failure) == (2, 2, None)
     assert heard.pieces == sorted(heard.pieces)
