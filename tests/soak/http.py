@@ -207,7 +207,7 @@ class Users:
             except Exception as error:
                 outcome = "crashed"
                 was_killed = any(began - AFTER_A_KILL_S < kill for kill in self.kills)
-                if not was_killed or "worker process" not in str(error):
+                if not (was_killed and any(word in str(error) for word in _CRASHED)):
                     self.ledger.fault(f"request {number} ({call.kind}): {error!r:.400}")
                     outcome = "failed"
         self.ledger.note(number, call.kind, outcome, time.monotonic() - began)
@@ -235,7 +235,7 @@ class Users:
 
     def _check(self, call: Call, answer: bytes) -> str:
         status = int(answer[9:12] or 0)
-        if status == 503 and b'"queue_full"' in answer:
+        if status == 503 and any(words in answer for words in _BUSY):
             raise QueueFullError
         if status != call.status:
             raise SoakError(f"{status} instead of {call.status}: {answer[-300:]!r}")
@@ -375,7 +375,9 @@ def _long(path: str) -> dict[str, Any]:
     return {name: MAX_TOKENS, "ignore_eos": True}
 
 
-_BUSY = re.compile(rb"^llamacpp:requests_\w+{.*} [^0].*$", re.MULTILINE)
+_RUNNING = re.compile(rb"^llamacpp:requests_\w+{.*} [^0].*$", re.MULTILINE)
+_BUSY = (b" requests are waiting ", b'{"status":"busy"')
+_CRASHED = ("worker process", "worker_crashed")
 _DONE = (b"data: [DONE]",)
 _ENDS = {
     "/v1/chat/completions": _DONE,
