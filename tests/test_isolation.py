@@ -364,6 +364,20 @@ def test_events_arrive_as_they_were():
     assert (type(twin.error), twin._replace(error=failed.error)) == (QueueFullError, failed)
 
 
+def test_the_news_of_a_step_arrives_as_it_was_told():
+    texts = ["", " a", 'Ünï "quoted" \\ 字 🙂\n\t\x00\x7f\u2028']
+    events = [RemoteEvent(number, text, [number, 7]) for number, text in enumerate(texts)]
+    events.append(RemoteEvent(9, "end", [], True, "stop", stats={"seed": 1.0}))
+    here, there = map(Wire, socket.socketpair())
+    here.tell(events)
+    message = there.receive(5) or {}
+    assert [event_of(told) for told in message["events"]] == events
+    with pytest.raises(errors.TokenizationError, match="half a surrogate pair"):
+        here.tell([RemoteEvent(1, "\ud800", [])])
+    for wire in (here, there):
+        wire.close()
+
+
 @pytest.mark.parametrize("told", [None, [], [1, "a"], ["1", "a", []], [1, 2, []], [1, "", [], 3]])
 def test_an_event_that_is_none_is_refused(told: Any):
     with pytest.raises(ProtocolError):
