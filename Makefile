@@ -39,9 +39,11 @@ lint: $(VENV)/installed-for-tests
 bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m benches
 
-# 100,000 requests of eight users, and 200 swaps; `make test` has 500 and 30 of them.
+# 100,000 requests of eight users, half an hour over HTTP, and 200 swaps; `make test` has 500, six
+# seconds and 30 of them.
 soak: $(VENV)/installed-for-tests
 	$(BIN)/python -m tests.soak
+	$(BIN)/python -m tests.soak --http --minutes 30 --users 16
 	TABAGENT_SWAP_ROUNDS=200 $(BIN)/python -m pytest -s tests/real/test_manager.py -k swapping
 
 docs:

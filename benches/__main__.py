@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine, peers, report
-from .cases import CASES, GROUPS, LIKE_US, OURS, OURS_ASYNC, Case
+from .cases import ALL_OURS, CASES, GROUPS, LIKE_US, OURS, Case
 from .models import model_file
 from .worker import MARK
 
@@ -254,7 +254,7 @@ def _contenders(asked: argparse.Namespace) -> list[Contender]:
         if name not in peers.NAMES:
             raise SystemExit(f"no peer is called `{name}`; there are {', '.join(peers.NAMES)}")
     variants: list[dict[str, Any]] = [{}, *map(_options, asked.also)]
-    ours = [Contender(engine, options) for options in variants for engine in (OURS, OURS_ASYNC)]
+    ours = [Contender(engine, options) for options in variants for engine in ALL_OURS]
     tools = [name for name in names if name in peers.ATTENTIVE]
     like_us = [Contender(tool + LIKE_US, options) for options in variants for tool in tools]
     return ours + [Contender(name) for name in names] + like_us

@@ -8,6 +8,9 @@ from typing import Any
 HALF = "qwen2.5-0.5b-q4_0"
 OURS = "tabagent_model"
 OURS_ASYNC = "tabagent_model async"
+OURS_SERVED = "tabagent_model serve"
+ALL_OURS = (OURS, OURS_ASYNC, OURS_SERVED)
+"""One of them is in a case."""
 LIKE_US = ", our attention"
 """Ends the name of a tool of llama.cpp that runs with the attention settings that we chose."""
 BENCH_LIKE_US = "llama-bench" + LIKE_US
@@ -246,6 +249,85 @@ def _sampling(name: str, model: str, tokens: int, *targets: Target) -> Case:
     )
 
 
+def _isolation(name: str, model: str, streams: int, tokens: int, takes_s: float) -> Case:
+    crowd = f", {streams} streams" if streams > 1 else ""
+    is_tiny = model == "tiny"
+    return Case(
+        name,
+        f"a process of its own against none{crowd}, {model}",
+        "isolation",
+        model,
+        "isolation",
+        dict(streams=streams, prompt=16, tokens=tokens, pairs=8),
+        (OURS_ASYNC,),
+        (
+            Metric(
+                "kept",
+                "of the speed without it",
+                "x",
+                more_is_better=True,
+                targets=() if is_tiny else (Target(0.97),),
+            ),
+            Metric(
+                "us_per_token", "longer per token", "µs", has_factor=False, targets=(Target(30),)
+            ),
+            Metric("first_later_ms", "later first token", "ms", targets=(Target(1),)),
+            Metric("parent_us_per_token", "CPU of the parent per token", "µs"),
+            replace(_RATE, key="there_rate", title="tokens/s with it"),
+        ),
+        n_ctx=tokens + 64,
+        streams=streams,
+        takes_s=takes_s,
+        short=dict(pairs=3) if is_tiny else None,
+    )
+
+
+def _http(
+    name: str,
+    who: str,
+    takes_s: float,
+    *more: Metric,
+    model: str = HALF,
+    metrics: tuple[Metric, ...] | None = None,
+    n_ctx: int = 0,
+    streams: int = 0,
+    short: dict[str, Any] | None = None,
+    **parameters: Any,
+) -> Case:
+    usual = dict(clients=1, requests=8, prompt=[32, 256], answer=[16, 96])
+    return Case(
+        name,
+        f"HTTP, {who}, {model}",
+        "http",
+        model,
+        "http",
+        {**usual, **parameters},
+        (OURS_SERVED, "llama-server"),
+        ((_SERVED_RATE, *_LATENCIES) if metrics is None else metrics) + more + _SERVED_WELL,
+        n_ctx=n_ctx,
+        streams=streams,
+        takes_s=takes_s,
+        short=short,
+    )
+
+
+_AS_GOOD = (Target(1.0, "llama-server"),)
+_SERVED_RATE = replace(_RATE, title="new tokens/s", targets=(Target(1.4, "llama-server"),))
+_LATENCIES = (
+    Metric("first_p50_ms", "first token, median", "ms"),
+    Metric("first_p99_ms", "first token, 99th percentile", "ms", targets=_AS_GOOD),
+    Metric("gap_p50_ms", "between tokens, median", "ms"),
+    Metric("gap_p99_ms", "between tokens, 99th percentile", "ms", targets=_AS_GOOD),
+)
+_SERVED_WELL = (
+    Metric("failed", "requests that failed", "requests", has_factor=False, targets=(Target(0),)),
+    Metric("client_percent", "the client's share of a core", "%", has_factor=False),
+)
+# The engine of this model leaves little to be seen but what is around it, and asks for no lead.
+_SERVED_TINY = tuple(replace(metric, targets=()) for metric in (_SERVED_RATE, *_LATENCIES))
+_DOOR = Metric("door_us_per_token", "CPU of the HTTP side per token", "µs", has_factor=False)
+
+
 CASES = (
     _decode("decode", HALF, Target(1.0, "llama-bench")),
     _decode(
@@ -381,6 +463,76 @@ CASES = (
     _kv_layout(32, shared=True, takes_s=30),
     _sampling("sampling-0.5b", HALF, 48, Target(3)),
     _sampling("sampling-tiny", "tiny", 200),
+    _isolation("isolation-0.5b", HALF, 1, 48, takes_s=22),
+    _isolation("isolation-tiny", "tiny", 1, 256, takes_s=8),
+    _isolation("isolation-crowd-tiny", "tiny", 64, 64, takes_s=20),
+    _http("http-1", "one client", 11),
+    _http("http-8", "8 clients", 24, clients=8, requests=24),
+    _http("http-32", "32 clients", 37, clients=32, requests=40),
+    _http("http-64", "64 clients", 58, clients=64, requests=64),
+    _http(
+        "http-poisson",
+        "as they come, one in a second",
+        37,
+        metrics=_LATENCIES,
+        clients=0,
+        requests=32,
+        per_s=1.0,
+    ),
+    _http(
+        "http-prefix",
+        "8 clients with the same beginning of 600 tokens",
+        18,
+        clients=8,
+        requests=24,
+        prompt=[16, 64],
+        answer=[16, 32],
+        shared=600,
+    ),
+    Case(
+        "http-health",
+        f"HTTP, /health while a prompt of 3,500 tokens is read, {HALF}",
+        "http",
+        HALF,
+        "health",
+        dict(prompt=3500),
+        (OURS_SERVED, "llama-server"),
+        (
+            Metric("longest_ms", "the longest wait for it", "ms", targets=(Target(100),)),
+            Metric("median_ms", "the median", "ms"),
+            Metric("prompt_ms", "first token of the prompt", "ms"),
+            _SERVED_WELL[0],
+        ),
+        n_ctx=0,
+        streams=0,
+        takes_s=22,
+    ),
+    _http(
+        "http-tiny-1",
+        "one client",
+        6,
+        _DOOR,
+        model="tiny",
+        metrics=_SERVED_TINY,
+        requests=16,
+        prompt=[8, 32],
+        answer=[48, 80],
+    ),
+    _http(
+        "http-tiny-64",
+        "64 streams at once",
+        10,
+        replace(_DOOR, targets=(Target(60),)),
+        model="tiny",
+        metrics=_SERVED_TINY,
+        n_ctx=256,
+        streams=64,
+        clients=64,
+        requests=256,
+        prompt=[8, 32],
+        answer=[48, 80],
+        short=dict(requests=128),
+    ),
 )
 
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -85,6 +86,7 @@ class Setting:
     n_ctx: int
     """Tokens that each stream can hold."""
     streams: int = 1
+    """0: as many as it takes when nothing is said, and as many tokens."""
     tools: str = ""
     """The folder of llama.cpp's programs."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -128,6 +130,7 @@ class OursAsync:
     def __init__(self, setting: Setting) -> None:
         from tabagent_model import AsyncModel
 
+        self.setting = setting
         self.loop = asyncio.new_event_loop()
         load = AsyncModel.load(setting.model, **_our_fields(setting))
         self.model = self.loop.run_until_complete(load)
@@ -234,22 +237,73 @@ class Xllamacpp:
         del self.server
 
 
-class LlamaServer:
-    """llama-server as a process, read over HTTP by one event loop with as little code as can be."""
+class _Server:
+    """A server as a process of its own."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, command: list[str]) -> None:
         self.setting = setting
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [str(Path(setting.tools) / "llama-server"), "-m", setting.model]
-        command += ["-c", str(setting.n_ctx * setting.streams), "-np", str(setting.streams)]
-        command += ["-t", str(setting.threads), "--port", str(self.port), "--no-webui"]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+            [*command, "--port", str(self.port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
         )
+        self._wait_until_ready(Path(command[0]).name)
+
+    def cpu_seconds(self) -> float:
+        """Of the process that was started, without its children."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(") ", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def _wait_until_ready(self, name: str) -> None:
+        for _ in range(1200):
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{name} ended with {self.process.returncode}")
+            try:
+                with urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.05)
+        raise RuntimeError(f"{name} was not ready within a minute")
+
+
+class OurServer(_Server):
+    """`tabagent-model serve`: it speaks HTTP, and the engine is in a worker, its child.
+
+    The options are those of the command; `in_process` is one without a value.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        command = [sys.executable, "-m", "tabagent_model", "serve", setting.model]
+        command += ["--threads", str(setting.threads)]
+        if setting.streams:
+            command += ["--n-ctx", str(setting.n_ctx), "--parallel", str(setting.streams)]
+        for name, value in setting.options.items():
+            command += [f"--{name.replace('_', '-')}", *([str(value)] if value != "" else [])]
+        super().__init__(setting, command)
+
+    def door_seconds(self) -> float:
+        """CPU seconds of all but the engine."""
+        return self.cpu_seconds()
+
+
+class LlamaServer(_Server):
+    """llama-server, read over HTTP by one event loop with as little code as can be."""
+
+    def __init__(self, setting: Setting) -> None:
+        command = [str(Path(setting.tools) / "llama-server"), "-m", setting.model]
+        command += ["-t", str(setting.threads), "--no-webui"]
+        if setting.streams:
+            command += ["-c", str(setting.n_ctx * setting.streams), "-np", str(setting.streams)]
+        super().__init__(setting, command)
         self.loop = asyncio.new_event_loop()
-        self._wait_until_ready()
 
     def one(self, ask: Ask) -> Answer:
         return self.together([ask])[0]
@@ -269,15 +323,6 @@ class LlamaServer:
                 answer.prompt_tokens = chunk["tokens_evaluated"]
         return answer
 
-    def cpu_seconds(self) -> float:
-        """The server's alone."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(") ", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-
     async def _post(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         data = json.dumps(body).encode()
@@ -292,17 +337,6 @@ class LlamaServer:
                         return
         finally:
             writer.close()
-
-    def _wait_until_ready(self) -> None:
-        for _ in range(1200):
-            if self.process.poll() is not None:
-                raise RuntimeError(f"llama-server ended with {self.process.returncode}")
-            try:
-                with urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
-                    return
-            except OSError:
-                time.sleep(0.05)
-        raise RuntimeError("llama-server was not ready within a minute")
 
 
 class LlamaBench:
@@ -375,6 +409,7 @@ class BatchedBench:
 ENGINES: dict[str, Callable[[Setting], Any]] = {
     "tabagent_model": Ours,
     "tabagent_model async": OursAsync,
+    "tabagent_model serve": OurServer,
     "llama-bench": LlamaBench,
     "llama-batched-bench": BatchedBench,
     "llama-server": LlamaServer,

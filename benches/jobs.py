@@ -6,16 +6,31 @@ An engine with a method of a job's name does that job itself (llama.cpp's own to
 from __future__ import annotations
 
 import asyncio
+import math
 import multiprocessing
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from statistics import median, quantiles
 from typing import Any
 
-from .engines import EVERYTHING, GREEDY, Answer, Ask, OursAsync, Setting, in_threads
+from . import load
+from .engines import (
+    EVERYTHING,
+    GREEDY,
+    SAMPLING,
+    Answer,
+    Ask,
+    LlamaServer,
+    OursAsync,
+    OurServer,
+    Setting,
+    in_threads,
+)
 from .machine import neighbours
 from .models import words
 
@@ -194,6 +209,95 @@ def event_loop(engine: OursAsync, streams: int, prompt: int, tokens: int, seed: 
     }
 
 
+def isolation(
+    engine: OursAsync, streams: int, prompt: int, tokens: int, pairs: int, seed: int
+) -> Figures:
+    """The same model here and in a process of its own, asked in turns."""
+    options = {**engine.setting.options, "isolation": "process"}
+    other = OursAsync(replace(engine.setting, options=options))
+    engines = {"here": engine, "there": other}
+    found: dict[str, list[Figures]] = {"here": [], "there": []}
+    try:
+        for number in range(2 * pairs + 2):
+            name = ("here", "there", "there", "here")[number % 4]
+            first = (seed * 1000 + number) * 100
+            asks = [Ask(words(prompt, first + i), tokens) for i in range(streams)]
+            cpu = time.process_time()
+            answers = engines[name].together(asks)
+            cpu = time.process_time() - cpu
+            figures = {**_crowd_figures(answers), "step_us": _decoding_s(answers) * 1e6, "cpu": cpu}
+            if number >= 2:  # the first of each is to warm up
+                found[name].append(figures)
+    finally:
+        other.close()
+    turns = list(zip(found["here"], found["there"], strict=True))
+    return {
+        "kept": median(there["rate"] / here["rate"] for here, there in turns),
+        "us_per_token": median(there["step_us"] - here["step_us"] for here, there in turns),
+        "first_later_ms": median(there["first_ms"] - here["first_ms"] for here, there in turns),
+        "here_rate": median(here["rate"] for here, _ in turns),
+        "there_rate": median(there["rate"] for _, there in turns),
+        "parent_us_per_token": median(there["cpu"] for _, there in turns) / streams / tokens * 1e6,
+    }
+
+
+def http(
+    engine: OurServer | LlamaServer,
+    clients: int,
+    requests: int,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    seed: int,
+    shared: int = 0,
+    per_s: float = 0.0,
+) -> Figures:
+    """Chats over HTTP: of clients that ask in turns, or of as many as come, `per_s`."""
+    dice = random.Random(seed)
+    beginning = [{"role": "system", "content": words(shared, seed + _LONG)}] if shared else []
+    chats = []
+    for number in range(requests):
+        said = words(_between(dice, *prompt), seed * 1000 + number)
+        messages = [*beginning, {"role": "user", "content": said}]
+        chats.append(load.Chat(messages, _between(dice, *answer), SAMPLING))
+    _warm_up_server(engine)
+    door, cpu, began = _door_seconds(engine), time.process_time(), time.perf_counter()
+    if per_s:
+        heard = asyncio.run(load.as_they_come(engine.port, chats, per_s, dice))
+    else:
+        heard = asyncio.run(load.in_turns(engine.port, chats, clients))
+    door = _door_seconds(engine) - door
+    cpu, seconds = time.process_time() - cpu, time.perf_counter() - began
+    figures = _heard_figures(heard)
+    figures["client_percent"] = cpu / seconds * 100
+    if isinstance(engine, OurServer):
+        figures["door_us_per_token"] = door / sum(each.tokens for each in heard) * 1e6
+    return figures
+
+
+def health(engine: OurServer | LlamaServer, prompt: int, seed: int) -> Figures:
+    """How soon `/health` answers while a long prompt is being read."""
+    _warm_up_server(engine)
+    chat = load.Chat([{"role": "user", "content": words(prompt, seed + _LONG)}], 2, SAMPLING)
+
+    async def run() -> tuple[load.Heard, list[load.Exchange]]:
+        async with load.exchange(engine.port, chat.request()) as found:
+            asked = await load.until_over(engine.port, "/health", found, every_s=0.02)
+        return found.heard(chat.tokens), asked
+
+    heard, asked = asyncio.run(run())
+    if heard.failure is not None:
+        raise RuntimeError(f"the long prompt: {heard.failure}")
+    during = [each for each in asked if each.asked < heard.pieces[0]]
+    times = [each.total_s * 1e3 for each in during]
+    return {
+        "longest_ms": max(times),
+        "median_ms": median(times),
+        "asked": len(times),
+        "failed": sum(each.status != 200 for each in during),
+        "prompt_ms": heard.first_s * 1e3,
+    }
+
+
 JOBS: dict[str, Callable[..., Figures]] = {
     job.__name__: job
     for job in (
@@ -208,6 +312,9 @@ JOBS: dict[str, Callable[..., Figures]] = {
         sampling,
         idle,
         event_loop,
+        isolation,
+        http,
+        health,
     )
 }
 
@@ -218,6 +325,23 @@ def percentile_99(values: Sequence[float]) -> float:
 
 def _warm_up(engine: Any) -> None:
     engine.one(Ask(words(24, _WARM_UP), 8))
+
+
+def _warm_up_server(engine: OurServer | LlamaServer) -> None:
+    chats = [load.Chat([{"role": "user", "content": words(24, _WARM_UP + i)}], 8) for i in range(4)]
+    failures = [each.failure for each in asyncio.run(load.in_turns(engine.port, chats, 2))]
+    if any(failures):
+        raise RuntimeError(f"no answer: {failures}")
+
+
+def _door_seconds(engine: Any) -> float:
+    """CPU seconds of what a server does beside computing, where that is a process of its own."""
+    return engine.door_seconds() if isinstance(engine, OurServer) else 0.0
+
+
+def _between(dice: random.Random, low: int, high: int) -> int:
+    """Twice as many are as likely as half as many."""
+    return round(math.exp(dice.uniform(math.log(low), math.log(high))))
 
 
 def _second(pipe: Connection, kind: type[Any], setting: Setting, ask: Ask) -> None:
@@ -257,6 +381,30 @@ def _crowd_figures(answers: list[Answer]) -> Figures:
         "first_ms": median(firsts),
         "last_first_ms": max(firsts),
         "gap_ms": max(max(a.gaps_s) for a in answers) * 1e3,
+    }
+
+
+def _decoding_s(answers: list[Answer]) -> float:
+    """Per token after the first ones."""
+    seconds = max(a.pieces[-1] for a in answers) - min(a.pieces[0] for a in answers)
+    return seconds / sum(a.tokens - 1 for a in answers)
+
+
+def _heard_figures(heard: Sequence[load.Heard]) -> Figures:
+    good = [each for each in heard if each.failure is None]
+    if not good:
+        raise RuntimeError(f"all of them failed: {heard[0].failure}")
+    firsts = [each.first_s * 1e3 for each in good]
+    gaps = [gap * 1e3 for each in good for gap in each.gaps_s]
+    seconds = max(each.pieces[-1] for each in good) - min(each.asked for each in heard)
+    return {
+        "rate": sum(each.tokens for each in good) / seconds,
+        "seconds": seconds,
+        "first_p50_ms": median(firsts),
+        "first_p99_ms": percentile_99(firsts),
+        "gap_p50_ms": median(gaps),
+        "gap_p99_ms": percentile_99(gaps),
+        "failed": len(heard) - len(good),
     }
 
 

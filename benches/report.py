@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .cases import OURS, OURS_ASYNC, Case, Metric, Target
+from .cases import ALL_OURS, OURS, Case, Metric, Target
 
 Runs = list[dict[str, float]]
 
@@ -93,7 +93,7 @@ class Row:
         return self.case.name if is_alone else f"{self.case.name}: {self.metric.title}"
 
     def ours(self) -> Spread | None:
-        return self.spreads.get(OURS) or self.spreads.get(OURS_ASYNC)
+        return next((self.spreads[name] for name in ALL_OURS if name in self.spreads), None)
 
     def ratio_to(self, name: str) -> float | None:
         """Above one where we are better, whichever way the figure counts."""
@@ -206,7 +206,7 @@ def _target_table(found: Sequence[Row]) -> list[str]:
 
 
 def _figure_table(found: Sequence[Row]) -> list[str]:
-    names = [name for name in _order(found) if name not in (OURS, OURS_ASYNC)]
+    names = [name for name in _order(found) if name not in ALL_OURS]
     is_ours_there = any(row.ours() for row in found)
     heads = ["what", "unit", *([OURS] if is_ours_there else []), *names]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
@@ -274,7 +274,7 @@ _LEGEND_COLUMNS, _LEGEND_STEP = 3, 290
 
 def svg(found: Sequence[Row]) -> str:
     """A dot for each contender: how fast it is next to us, who are the line in the middle."""
-    names = [name for name in _order(found) if name not in (OURS, OURS_ASYNC)]
+    names = [name for name in _order(found) if name not in ALL_OURS]
     shown = [row for row in found if any(map(row.ratio_to, names))]
     speeds = [1 / ratio for row in shown for ratio in map(row.ratio_to, names) if ratio]
     lowest, highest = _range(speeds)

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from argparse import Namespace
 from dataclasses import replace
 from math import prod
 from xml.etree import ElementTree
 
 import pytest
-from benches import machine, report
+from benches import load, machine, report
 from benches.__main__ import Contender, _cases, _contenders, _is_complete, _plan
-from benches.cases import BATCHED_LIKE_US, CASES, OURS, OURS_ASYNC, Case, Metric, Target
+from benches.cases import (
+    BATCHED_LIKE_US,
+    CASES,
+    OURS,
+    OURS_ASYNC,
+    OURS_SERVED,
+    Case,
+    Metric,
+    Target,
+)
 from benches.engines import ENGINES, Answer, Setting, _attention
 from benches.jobs import JOBS, percentile_99
 from benches.models import SHAPES, _tensors, words
 from benches.report import Result
+
+from serving import Served, scripted
 
 SPEED = Metric("rate", "tokens/s", "tok/s", more_is_better=True, targets=(Target(1.5, "them"),))
 LAG = Metric("lag", "lag", "ms", targets=(Target(5), Target(1.05, "them")))
@@ -200,8 +212,10 @@ def test_tools_that_can_compute_attention_as_we_do_are_measured_both_ways():
     assert [c.name for c in contenders] == [
         OURS,
         OURS_ASYNC,
+        OURS_SERVED,
         f"{OURS} kv_type=bf16",
         f"{OURS_ASYNC} kv_type=bf16",
+        f"{OURS_SERVED} kv_type=bf16",
         "llama-batched-bench",
         "xllamacpp",
         BATCHED_LIKE_US,
@@ -260,3 +274,51 @@ def test_a_neighbour_is_held_to_its_core_and_is_gone_afterwards():
     assert (held, nice) == ({min(os.sched_getaffinity(0))}, 19)
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+WHY = [{"role": "user", "content": "Why?"}]
+
+
+async def test_clients_that_ask_in_turns_hear_every_token():
+    _, model = scripted()
+    with model, Served(model) as served:
+        heard = await load.in_turns(served.port, [load.Chat(WHY, 3)] * 6, clients=2)
+    assert [(len(each.pieces), each.tokens, each.failure) for each in heard] == [(3, 3, None)] * 6
+    assert all(each.asked < each.pieces[0] for each in heard)
+
+
+async def test_clients_that_come_as_they_like_are_all_heard():
+    _, model = scripted()
+    with model, Served(model) as served:
+        chats = [load.Chat(WHY, 3)] * 4
+        heard = await load.as_they_come(served.port, chats, 1000, random.Random(1))
+    assert [each.failure for each in heard] == [None] * 4
+
+
+async def test_an_answer_that_is_not_as_asked_is_a_failure():
+    _, model = scripted()
+    with model, Served(model) as served:
+        chats = [load.Chat(WHY, 5), load.Chat(WHY, 3, {"temperature": 9}), load.Chat(WHY, 3)]
+        heard = await load.in_turns(served.port, chats, clients=1)
+    few, refused, good = [each.failure for each in heard]
+    assert (few, good) == ("3 tokens instead of 5", None)
+    assert refused is not None and refused.startswith("status 400")
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 10_000])
+async def test_events_are_read_however_they_arrive(size: int):
+    told = [{"choices": [{"delta": {"content": text}}]} for text in ("a", "", "b")]
+    told.append({"choices": [], "usage": {"completion_tokens": 2}})
+    events = [f"data: {json.dumps(each)}\n\n".encode() for each in told]
+    events += [b": ping\n\n", b"data: [DONE]\n\n"]
+    body = b"".join(events)
+    chunks = [body[:60], body[60:200], body[200:]]
+    framed = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
+    answer = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + framed + b"0\r\n\r\n"
+    found = load.Exchange()
+    found.arrived = [(float(at), answer[at : at + size]) for at in range(0, len(answer), size)]
+    heard = found.heard(2)
+    assert (len(heard.pieces), heard.tokens, heard.failure) == (2, 2, None)
+    assert heard.pieces == sorted(heard.pieces)
+    found.arrived = [(0.0, answer[:-40])]
+    assert found.heard(2).failure == "it ended before its end"

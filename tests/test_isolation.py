@@ -100,6 +100,11 @@ class ChatParser:
     def finish(self, is_complete=True):
         return [("content", "!")], {"pieces": "".join(self.pieces), "complete": is_complete}
 
+class ChatPrompt:
+    is_plain = True
+    def parser(self, patience=50):
+        return 1 / 0
+
 class ScriptedModel:
     path, load_time_ms, gpu_layers = "scripted.gguf", 1.5, 0
     size_bytes, n_params, is_repacked = 10, 2, False
@@ -117,6 +122,8 @@ class ScriptedModel:
                 if os.path.exists(f"/proc/self/fd/{fd}")}
     def parser(self):
         return ChatParser()
+    def prompt(self):
+        return ChatPrompt()
     def echo(self, *given, **named):
         return given, named
     def fail(self):
@@ -357,6 +364,20 @@ def test_events_arrive_as_they_were():
     assert (type(twin.error), twin._replace(error=failed.error)) == (QueueFullError, failed)
 
 
+def test_the_news_of_a_step_arrives_as_it_was_told():
+    texts = ["", " a", 'Ünï "quoted" \\ 字 🙂\n\t\x00\x7f\u2028']
+    events = [RemoteEvent(number, text, [number, 7]) for number, text in enumerate(texts)]
+    events.append(RemoteEvent(9, "end", [], True, "stop", stats={"seed": 1.0}))
+    here, there = map(Wire, socket.socketpair())
+    here.tell(events)
+    message = there.receive(5) or {}
+    assert [event_of(told) for told in message["events"]] == events
+    with pytest.raises(errors.TokenizationError, match="half a surrogate pair"):
+        here.tell([RemoteEvent(1, "\ud800", [])])
+    for wire in (here, there):
+        wire.close()
+
+
 @pytest.mark.parametrize("told", [None, [], [1, "a"], ["1", "a", []], [1, 2, []], [1, "", [], 3]])
 def test_an_event_that_is_none_is_refused(told: Any):
     with pytest.raises(ProtocolError):
@@ -432,6 +453,17 @@ def test_a_parser_is_not_asked_for_every_piece(model: Model):
     rest, message = parser.finish(False)
     assert "".join(text for found in (*deltas, rest) for _, text in found) == "abc" * 50 + "!"
     assert message == {"pieces": "abc" * 50, "complete": False}
+
+
+def test_an_answer_that_is_only_content_is_read_here(model: Model):
+    parser: Any = model._native.prompt().parser()  # type: ignore[union-attr]
+    assert [parser.feed(piece) for piece in ("a", "", "b")] == [
+        [("content", "a")],
+        [],
+        [("content", "b")],
+    ]
+    whole = {"content": "ab", "reasoning": "", "tool_calls": [], "error": None}
+    assert parser.finish(False) == ([], whole)
 
 
 def test_only_public_methods_can_be_called(model: Model):

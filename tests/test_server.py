@@ -566,6 +566,15 @@ def test_a_head_that_is_too_large_is_refused(served: Served, head: bytes):
     assert served.client.get("/health").status_code == 200
 
 
+def test_a_path_that_is_too_long_is_refused_also_when_it_comes_at_once(served: Served):
+    for length, status in ((31_000, 404), (33_000, 431), (200_000, 431)):
+        request = b"GET /" + b"a" * length + b" HTTP/1.1\r\nHost: localhost\r\n" + _CLOSE.encode()
+        assert status_of(served.say(request)) == status
+    headers = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 1000) for number in range(40))
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + headers + _CLOSE.encode()
+    assert status_of(served.say(request)) == 431
+
+
 def test_whoever_dawdles_is_sent_away_and_nobody_else_notices():
     _, model = scripted()
     with model, Served(model, header_timeout_s=0.3, max_connections=30) as served:

@@ -183,6 +183,9 @@ class ChatPrompt:
     @property
     def is_thinking(self) -> bool:
         """The prompt ends between these tags."""
+    @property
+    def is_plain(self) -> bool:
+        """An answer is content and nothing else."""
     def parser(self, patience: int = 50) -> ChatParser:
         """Reads one answer. It reads the whole of it each time, so it does so again only when
         `patience` times as long has passed as the last time took, and at the end."""

@@ -108,6 +108,7 @@ USES: dict[str, Callable[[Model], Any]] = {
     "shift": lambda m: m.generate([5] * 500, **{**GREEDY, "max_tokens": 40}, overflow="shift"),
     "usage": lambda m: m.generate("Something new that nobody asked before", **GREEDY).usage,
     "chat": lambda m: m.chat("hello", **GREEDY),
+    "pieces of a chat": lambda m: [*m.stream_chat("hello", **GREEDY)],
     "template": lambda m: m.apply_chat_template([{"role": "user", "content": "hi"}]),
     "session": lambda m: [*map(m.session(**GREEDY).send, ("hi", "and?"))],
     "tokens": lambda m: [m.tokenize(p, False) for p in PROMPTS],

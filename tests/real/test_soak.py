@@ -40,6 +40,24 @@ def test_five_hundred_requests_of_eight_users_leave_nothing_behind(tmp_path: Pat
     assert found["kinds"]["reference"]["ended"] == {"answered": 5}
 
 
+def test_seconds_of_it_over_http_leave_nothing_behind_either(tmp_path: Path):
+    report = tmp_path / "report.json"
+    sizes = ["--http", "--minutes", "0.1", "--users", "8", "--json", str(report)]
+    ran = subprocess.run(
+        [sys.executable, "-m", "soak", *sizes],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, ""), ran.stdout
+    found = json.loads(report.read_text())
+    assert (found["faults"], found["kills"]) == ([], 1)
+    kinds = {"dawdle", "leave", "look", "mistake", "reference", "stream", "whole"}
+    assert found["kinds"].keys() == kinds
+
+
 def test_a_seed_makes_the_same_requests_again():
     plans = [
         Plan(seed=seed, requests=300, cancels=0.1, mistakes=0.1, loads=3) for seed in (1, 1, 2)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from tabagent_model import AsyncModel, Completion, Model, ModelConfig, PyModel
 from tabagent_model._core import Event
 
+from . import http
 from .ledger import Ledger, belongings, markdown
 from .plan import N_CTX, REFERENCE, REFERENCE_FIELDS, Plan
 from .users import Tasks, Threads
@@ -33,6 +34,16 @@ PATIENCE_WITH_ALL_S = 300
 
 def main() -> int:
     args = arguments()
+    report = http.soak(args.minutes, args.users, args.seed) if args.http else soak_engine(args)
+    print(markdown(report), end="")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(markdown(report))
+    return 1 if report["num_faults"] else 0
+
+
+def soak_engine(args: argparse.Namespace) -> dict[str, Any]:
     take_one_arena()
     plan = Plan(args.seed, args.requests, args.cancels, args.mistakes, args.loads)
     expected = reference()
@@ -45,13 +56,7 @@ def main() -> int:
     if not eventually(lambda: least_belongings() == before):
         ledger.fault(f"left behind: {belongings()}, and before it was {before}")
     ledger.close()
-    report = {"seed": args.seed, "users": args.users, **ledger.report()}
-    print(markdown(report), end="")
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    if args.markdown:
-        args.markdown.write_text(markdown(report))
-    return 1 if report["num_faults"] else 0
+    return {"seed": args.seed, "users": args.users, **ledger.report()}
 
 
 def arguments() -> argparse.Namespace:
@@ -62,6 +67,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cancels", type=float, default=0.1, help="their share (0.1)")
     parser.add_argument("--mistakes", type=float, default=0.1, help="their share (0.1)")
     parser.add_argument("--loads", type=int, default=100, help="rounds of load and unload (100)")
+    parser.add_argument("--http", action="store_true", help="over HTTP, for so many --minutes")
+    parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures into this file")
     parser.add_argument("--markdown", type=Path, help="write the table into this file")

@@ -9,7 +9,8 @@ import threading
 import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,17 @@ class Ledger:
     """Requests with a number below zero warm up: their faults count, and nothing else of them."""
 
     def __init__(
-        self, requests: int, warm_up: int, on_sample: Callable[[], object] = lambda: None
+        self,
+        requests: int,
+        warm_up: int,
+        on_sample: Callable[[], object] = lambda: None,
+        measure: Callable[[], float] | None = None,
     ) -> None:
         self.requests = requests
+        """0: known only at the end, and whoever knows the time takes the samples."""
         self.warm_up = warm_up
         self.on_sample = on_sample
+        self._measure = measure or private_mib
         self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -44,9 +51,12 @@ class Ledger:
             if number >= 0:
                 self.outcomes[kind][outcome] += 1
                 self._seconds[kind].append(seconds)
-        if number >= 0 and number % max(self.requests // SAMPLES, 1) == 0:
-            self.memory.append((number, private_mib()))
-            self.on_sample()
+        if number >= 0 and self.requests and number % max(self.requests // SAMPLES, 1) == 0:
+            self.sample(number)
+
+    def sample(self, number: int) -> None:
+        self.memory.append((number, self._measure()))
+        self.on_sample()
 
     def count(self, what: str) -> None:
         with self._lock:
@@ -62,27 +72,12 @@ class Ledger:
         ended, begun = self.counts["ended"], self.warm_up + self.requests
         if ended != begun:
             self.fault(f"{ended} of {begun} requests came to an end")
-        slope, growth = self.slope()
-        if slope > MIB_PER_1000_REQUESTS and growth > NOISE_MIB:
-            self.fault(f"memory grows by {slope:.2f} MiB per 1,000 requests, {growth:.1f} in all")
-
-    def slope(self) -> tuple[float, float]:
-        """MiB per 1,000 requests by Theil and Sen, and what that makes in all."""
-        points = sorted(self.memory)
-        slopes = [
-            (after - before) / (later - earlier)
-            for at, (earlier, before) in enumerate(points)
-            for later, after in points[at + 1 :]
-            if later > earlier
-        ]
-        if not slopes:
-            return 0.0, 0.0
-        slope = statistics.median(slopes)
-        return slope * 1000, slope * (points[-1][0] - points[0][0])
+        if fault := growth_fault(self.memory):
+            self.fault(fault)
 
     def report(self) -> dict[str, Any]:
         seconds = time.perf_counter() - self._began
-        slope, growth = self.slope()
+        slope, growth = slope_of(self.memory)
         megabytes = [mib for _, mib in self.memory]
         return {
             "requests": self.requests,
@@ -137,33 +132,58 @@ def markdown(report: dict[str, Any]) -> str:
         f"The queue was full {report['queue_full']:,} times. Private memory was"
         f" {memory['least_mib']} to {memory['greatest_mib']} MiB and grew by"
         f" {memory['mib_per_1000_requests']} MiB per 1,000 requests.",
+        *report.get("more", ()),
         f"Faults: {report['num_faults'] or 'none'}.",
         *(f"- {fault}" for fault in report["faults"]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def private_mib() -> float:
+def growth_fault(samples: Sequence[tuple[int, float]]) -> str | None:
+    """That memory grows, if it does; a sample is the number of a request and MiB."""
+    slope, growth = slope_of(samples)
+    if slope > MIB_PER_1000_REQUESTS and growth > NOISE_MIB:
+        return f"memory grows by {slope:.2f} MiB per 1,000 requests, {growth:.1f} in all"
+    return None
+
+
+def slope_of(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """MiB per 1,000 requests by Theil and Sen, and what that makes in all."""
+    points = sorted(samples)
+    slopes = [
+        (after - before) / (later - earlier)
+        for at, (earlier, before) in enumerate(points)
+        for later, after in points[at + 1 :]
+        if later > earlier
+    ]
+    if not slopes:
+        return 0.0, 0.0
+    slope = statistics.median(slopes)
+    return slope * 1000, slope * (points[-1][0] - points[0][0])
+
+
+def private_mib(process: int | str = "self") -> float:
     """Not what is resident: pages of the model file come and go as the system likes."""
-    status = Path("/proc/self/status").read_text()
+    status = Path(f"/proc/{process}/status").read_text()
     kinds = ("RssAnon:", "VmSwap:")
     return sum(int(status.partition(kind)[2].split(None, 1)[0]) for kind in kinds) / 1024
 
 
-def belongings() -> dict[str, int]:
+def belongings(process: int | str = "self") -> dict[str, int]:
     """What a process has beside memory."""
     return {
-        "file descriptors": len(list(Path("/proc/self/fd").iterdir())),
-        "threads": len(list(Path("/proc/self/task").iterdir())),
-        "children": sum(map(num_children, Path("/proc/self/task").iterdir())),
+        "file descriptors": len(list(Path(f"/proc/{process}/fd").iterdir())),
+        "threads": len(list(Path(f"/proc/{process}/task").iterdir())),
+        "children": len(children(process)),
     }
 
 
-def num_children(thread: Path) -> int:
-    try:
-        return len((thread / "children").read_text().split())
-    except OSError:  # it has just ended
-        return 0
+def children(process: int | str = "self") -> list[int]:
+    found: list[int] = []
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with suppress(OSError):  # it has just ended
+            found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def machine() -> str:

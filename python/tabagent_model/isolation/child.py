@@ -265,7 +265,7 @@ class Child:
             answer(unpack(message["value"], message.get("data", ()), self._object), None)
 
     def _object(self, described: Message) -> RemoteObject:
-        kind = RemoteParser if described["kind"] == "ChatParser" else RemoteObject
+        kind = _KINDS.get(described["kind"], RemoteObject)
         return kind(self, described)
 
     def _note_silence(self, seconds: float) -> None:
@@ -331,6 +331,18 @@ class RemoteObject:
         self._child.released.append(self._number)
 
 
+class RemotePrompt(RemoteObject):
+    """A conversation that was written out."""
+
+    def parser(self, patience: int = 50) -> RemoteParser | PlainParser:
+        """Reads an answer. Where that needs nothing of the model, nobody is asked: an event loop
+        with many streams would do nothing else than wait for that."""
+        if self._facts.get("is_plain"):
+            return PlainParser()
+        parser: RemoteParser = self._ask("parser", patience)
+        return parser
+
+
 class RemoteParser(RemoteObject):
     """Reads an answer piece by piece. It is asked for a fiftieth of the time at most, as it parses
     in this process: what comes meanwhile is held back."""
@@ -355,6 +367,24 @@ class RemoteParser(RemoteObject):
         self._text = ""
         rest, message = self._ask("finish", is_complete)
         return found + rest, message
+
+
+class PlainParser:
+    """Reads an answer that is content and nothing else."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+
+    def feed(self, text: str) -> list[Any]:
+        self._pieces.append(text)
+        return [("content", text)] if text else []
+
+    def finish(self, is_complete: bool = True) -> tuple[list[Any], Any]:
+        content = "".join(self._pieces)
+        return [], {"content": content, "reasoning": "", "tool_calls": [], "error": None}
+
+
+_KINDS: dict[str, type[RemoteObject]] = {"ChatPrompt": RemotePrompt, "ChatParser": RemoteParser}
 
 
 def calling(

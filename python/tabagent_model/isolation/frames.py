@@ -43,18 +43,32 @@ class Wire:
     def send(self, message: Mapping[str, Any], data: Sequence[bytes] = ()) -> None:
         if data:
             message = {**message, "data": [len(each) for each in data]}
+        self._send_text(_encode(message), data)
+
+    def tell(self, events: Sequence[Any]) -> None:
+        """Send the news of a step. This is run for every token, and whenever it is, the engine has
+        just filled the caches with other things: so it takes as little code as can be."""
+        told = [
+            _encode(told_of(event))
+            if event.is_last
+            else f"[{event.request_id},{_quoted(event.text)},{[*event.tokens]}]"
+            for event in events
+        ]
+        self._send_text(f'{{"events":[{",".join(told)}]}}', ())
+
+    def _send_text(self, text: str, data: Sequence[bytes]) -> None:
         try:
-            body = _encode(message).encode()
+            body = text.encode()
         except UnicodeEncodeError as error:
-            text = f"the text holds half a surrogate pair at index {error.start}"
-            raise TokenizationError(text) from None
+            message = f"the text holds half a surrogate pair at index {error.start}"
+            raise TokenizationError(message) from None
         if len(body) > MAX_FRAME:
             raise ProtocolError(f"a message of {len(body)} bytes exceeds {MAX_FRAME}")
         frame = _LENGTH.pack(len(body)) + body
         # Ctrl-C in the middle of a frame would be the end of all understanding. It strikes the main
         # thread only, and never in what the system takes at once.
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and (data or len(frame) > _AT_ONCE):
+        is_long = data or len(frame) > _AT_ONCE
+        if is_long and threading.current_thread() is threading.main_thread():
             sender = threading.Thread(target=self._send_quietly, args=(frame, data), daemon=True)
             sender.start()
             sender.join()
@@ -277,7 +291,8 @@ _BUILTIN = (
     *("NotImplementedError", "OSError", "OverflowError", "RuntimeError", "TypeError", "ValueError"),
 )
 _encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
-_decode = json.JSONDecoder().decode
+_quoted = json.encoder.encode_basestring
+_scan = json.JSONDecoder().raw_decode
 
 
 def _alone(chunk: bytes) -> Message | None:
@@ -290,9 +305,12 @@ def _alone(chunk: bytes) -> Message | None:
 
 def _decoded(body: bytes) -> Message:
     try:
-        message = _decode(body.decode())
+        text = body.decode()
+        message, end = _scan(text)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a frame that is no JSON: {error}") from None
+    if end < len(text):
+        raise ProtocolError(f"a frame with more than JSON: {text[end : end + 60]!r}")
     if type(message) is not dict:
         raise ProtocolError(f"a frame that is no object: {message!r:.60}")
     return message

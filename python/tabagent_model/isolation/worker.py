@@ -25,7 +25,7 @@ from .._loading import load_here, placement_of
 from ..errors import InvalidRequestError, ProtocolError
 from ..params import ModelConfig
 from ..stream import LONG_TEXT
-from .frames import PROTOCOL, Message, Wire, pack, told_error, told_of, unpack
+from .frames import PROTOCOL, Message, Wire, pack, told_error, unpack
 
 if TYPE_CHECKING:
     from .._loading import Loaded
@@ -145,7 +145,7 @@ class Worker:
     def _tell_events(self) -> None:
         context = self._objects["context"]
         while events := context.next_events():
-            self._wire.send({"events": [told_of(event) for event in events]})
+            self._wire.tell(events)
 
     def _tell_logs(self) -> None:
         _forward_own_words()

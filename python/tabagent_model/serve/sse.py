@@ -97,7 +97,7 @@ class EventStream:
         """Until everything is sent, or there is nobody to send it to."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._config.request_timeout_s
-        tick = min(1.0, self._config.ping_s / 4, self._config.send_timeout_s / 4)
+        tick = min(self._config.ping_s, self._config.send_timeout_s) / 4
         while not writer.done():
             await asyncio.wait((writer, gone), timeout=tick, return_when=asyncio.FIRST_COMPLETED)
             if gone.done() and not writer.done():

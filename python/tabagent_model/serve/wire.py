@@ -23,6 +23,8 @@ def connection_of(limits: ServerConfig) -> type[HttpToolsProtocol]:
         _head_bytes = 0
         """Of the head that is being received; -1: it is complete."""
         _num_headers = 0
+        _told_bytes = 0
+        """Of the head of the present request: a whole one may come in one read."""
         _is_refused = False
         _deadline: asyncio.TimerHandle | None = None
 
@@ -49,14 +51,17 @@ def connection_of(limits: ServerConfig) -> type[HttpToolsProtocol]:
                 self._refuse(431, "headers_too_large", f"a head may have {most_bytes} bytes")
 
         def on_message_begin(self) -> None:
-            self._num_headers = 0
+            self._num_headers = self._told_bytes = 0
             super().on_message_begin()
             cast("dict[str, Any]", self.scope)[ABORT] = self.transport.abort
 
+        def on_url(self, url: bytes) -> None:
+            self._note(len(url))
+            super().on_url(url)
+
         def on_header(self, name: bytes, value: bytes) -> None:
             self._num_headers += 1
-            if self._num_headers > _MOST_HEADERS or len(name) + len(value) > most_bytes:
-                raise OverflowError  # the parser gives up, and so `send_400_response` is called
+            self._note(len(name) + len(value))
             super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
@@ -69,10 +74,18 @@ def connection_of(limits: ServerConfig) -> type[HttpToolsProtocol]:
             super().on_message_complete()
 
         def send_400_response(self, msg: str) -> None:
-            if self._num_headers > _MOST_HEADERS or self._head_bytes > most_bytes:
+            if self._is_too_large() or self._head_bytes > most_bytes:
                 self._refuse(431, "headers_too_large", f"at most {_MOST_HEADERS} headers")
             else:
                 self._refuse(400, "invalid_http", "this is not HTTP/1.1 as it should be")
+
+        def _note(self, num_bytes: int) -> None:
+            self._told_bytes += num_bytes
+            if self._is_too_large():
+                raise OverflowError  # the parser gives up, and so `send_400_response` is called
+
+        def _is_too_large(self) -> bool:
+            return self._told_bytes > most_bytes or self._num_headers > _MOST_HEADERS
 
         def _await_head(self) -> None:
             self._deadline = self.loop.call_later(limits.header_timeout_s, self._give_up)

@@ -30,6 +30,11 @@ impl Prompt {
         AnswerParser::new(self.reader.clone(), patience)
     }
 
+    /// An answer is content and nothing else.
+    pub fn is_plain(&self) -> bool {
+        self.reader.is_none()
+    }
+
     pub(super) fn has_input_in(&self, range: Range<usize>) -> bool {
         let first = self.inputs.partition_point(|input| input.end <= range.start);
         self.inputs.get(first).is_some_and(|input| input.start < range.end)

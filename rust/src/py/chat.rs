@@ -61,6 +61,12 @@ impl ChatPrompt {
         self.prompt.is_thinking
     }
 
+    /// Its answers are content and nothing else, and need no parser.
+    #[getter]
+    fn is_plain(&self) -> bool {
+        self.prompt.is_plain()
+    }
+
     #[pyo3(signature = (patience=50))]
     fn parser(&self, patience: u32) -> ChatParser {
         ChatParser { parser: Mutex::new(self.prompt.parser(patience)) }
