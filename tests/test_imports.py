@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "_cache": set(),
     "_native": {"_cache", "_core", "errors"},
     "_attention": {"_cache", "_native", "errors"},
-    "_log": {"_core"},
+    "_log": {"_core", "_courier"},
     "_courier": {"errors", "results", "schema"},  # the schema for type checkers only
     "_prompt": {"errors"},
     "_options": {"_prompt", "errors", "schema", "tools"},
@@ -44,26 +44,37 @@ MAY_IMPORT = {
     "placement/__init__": {"._estimate", "_core", "errors", "hardware", "params"},
     "advice": {"errors", "hardware", "params"},
     "placement/_ledger": {  # placement for type checkers only
-        *("._estimate", "_core", "_courier", "errors", "hardware", "placement"),
+        *("._estimate", "_core", "_courier", "_native", "errors", "hardware", "placement"),
     },
     "placement/_climb": {
         *("._estimate", "._ledger", "_core", "_courier", "_native", "errors", "hardware"),
         *("params", "placement"),
     },
-    "isolation/frames": {"errors", "results"},
-    "isolation/spawn": {"errors"},
-    "isolation/child": {".frames", ".spawn", "_core", "errors", "params"},
+    "isolation/frames": {"_courier", "errors", "results"},
+    "isolation/spawn": {"_courier", "errors"},
+    "isolation/memory": {  # the child and frames for type checkers only
+        *(".child", ".frames", "_core", "errors", "hardware", "placement._estimate"),
+        "placement._ledger",
+    },
+    "isolation/child": {
+        *(".frames", ".memory", ".spawn", "_core", "errors", "params", "placement._ledger"),
+    },
     "isolation/verdicts": {"_cache", "_native", "errors", "params"},
-    "isolation/respawn": {".child", ".frames", ".spawn", ".verdicts", "errors", "params"},
+    "isolation/respawn": {
+        *(".child", ".frames", ".spawn", ".verdicts", "_courier", "errors", "params"),
+    },
     "isolation/remote": {
-        *(".child", ".frames", ".respawn", ".verdicts", "_core", "_courier", "errors"),
-        "params",
+        *(".child", ".frames", ".memory", ".respawn", ".verdicts", "_core", "_courier"),
+        *("errors", "hardware", "params", "placement._ledger"),
     },
     "_loading": {
         *("_core", "_courier", "_log", "errors", "isolation", "params", "placement"),
         *("placement._ledger", "stream"),
     },
-    "isolation/worker": {".frames", "_core", "_loading", "errors", "params", "stream"},
+    "isolation/worker": {
+        *(".frames", ".memory", "_core", "_courier", "_loading", "errors", "params"),
+        *("placement._ledger", "stream"),
+    },
     "_session_file": {"_core", "errors", "model"},  # the model for type checkers only
     "chat": {  # the model for type checkers only
         *("_courier", "_options", "_prompt", "_session_file", "errors", "model", "params"),
@@ -78,9 +89,17 @@ MAY_IMPORT = {
     "manager/_snapshots": {  # both for type checkers only
         *("_session_file", "chat", "errors", "model"),
     },
-    "manager/_keeper": {"._pool", "._snapshots", "_loading", "errors", "model", "params"},
+    "manager/_needs": {
+        *("._pool", "_loading", "errors", "hardware", "isolation.remote", "model", "params"),
+        *("placement", "placement._ledger"),  # hardware and the model for type checkers only
+    },
+    "manager/_keeper": {
+        *("._needs", "._pool", "._snapshots", "_courier", "_loading", "errors", "model"),
+        "params",
+    },
     "manager/__init__": {
-        *("._keeper", "._pool", "._snapshots", "_prompt", "errors", "model", "params"),
+        *("._keeper", "._needs", "._pool", "._snapshots", "_prompt", "errors", "model"),
+        "params",
     },
     "bench/_machine": {"_core", "hardware", "model"},
     "bench/_report": {"._machine"},

@@ -24,7 +24,7 @@ from tabagent_model import (
     QueueFullError,
 )
 from tabagent_model.manager import seconds_of
-from tabagent_model.manager._pool import PATIENCE, Member, Order, Pool, Ticket
+from tabagent_model.manager._pool import ANYWHERE, PATIENCE, Member, Order, Pool, Ticket
 
 GIB = 2**30
 
@@ -33,8 +33,12 @@ def pool_of(names: str, max_loaded: float = inf, max_bytes: float = inf, **needs
     """A pool of models with names of one letter, and what they need in GiB."""
     pool = Pool(max_loaded, max_bytes * GIB)
     for name in names:
-        pool.register(Member(name, needs.get(name, 1) * GIB))
+        pool.register(Member(name, gib(cpu=needs.get(name, 1))))
     return pool
+
+
+def gib(**needs: float) -> dict[str, int]:
+    return {device: int(size * GIB) for device, size in needs.items()}
 
 
 def told(orders: Iterable[Order]) -> list[str]:
@@ -207,7 +211,7 @@ class TestLeaving:
     def test_what_turns_out_to_be_smaller_leaves_more_room(self):
         pool = pool_of("ab", max_bytes=6, a=5, b=3)
         visit(pool, "a", 0)
-        assert told(pool.weighed("a", 3 * GIB, 1)) == []
+        assert told(pool.weighed("a", gib(cpu=3), 1)) == []
         assert told(pool.ask(Ticket("b", "use"), 2)) == ["load b"]
 
     def test_nobody_leaves_in_vain(self):
@@ -356,6 +360,62 @@ class TestLeaving:
         pool.unloaded("b", 3)
         assert pool.is_empty
         assert isinstance(refusal(pool.ask(Ticket("a", "use"), 4)), ModelNotLoadedError)
+
+
+class TestBudgets:
+    def test_each_device_has_its_own(self):
+        pool = Pool(max_bytes=gib(cpu=8, CUDA0=4))
+        pool.register(Member("card", gib(CUDA0=3, cpu=1)))
+        pool.register(Member("main", gib(cpu=6)))
+        pool.register(Member("both", gib(CUDA0=2, cpu=3)))
+        visit(pool, "card", 0)
+        visit(pool, "main", 1)
+        assert told(pool.ask(Ticket("both", "use"), 2)) == ["unload card", "unload main"]
+
+    def test_who_holds_nothing_where_it_is_short_stays(self):
+        pool = Pool(max_bytes=gib(cpu=8, CUDA0=4))
+        pool.register(Member("old", gib(cpu=4)))
+        pool.register(Member("card", gib(CUDA0=3)))
+        pool.register(Member("next", gib(CUDA0=3, cpu=1)))
+        visit(pool, "old", 0)
+        visit(pool, "card", 1)
+        assert told(pool.ask(Ticket("next", "use"), 2)) == ["unload card"]
+
+    def test_a_refusal_names_the_device_that_is_short(self):
+        pool = Pool(max_bytes=gib(cpu=8, CUDA0=4))
+        pool.register(Member("card", gib(CUDA0=3, cpu=1), is_pinned=True))
+        pool.register(Member("next", gib(CUDA0=2, cpu=1)))
+        visit(pool, "card", 0)
+        error = refusal(pool.ask(Ticket("next", "use"), 1))
+        assert isinstance(error, NoRoomError)
+        assert error.message == (
+            "`next` needs 2.0 GiB on CUDA0; 1.0 GiB of the 4.0 GiB of `max_bytes` are free, and"
+            " what could leave is pinned: `card` (3.0 GiB)"
+        )
+        assert (error.needed, error.free) == (2 * GIB, GIB)
+
+    def test_a_device_without_a_budget_is_not_bounded(self):
+        pool = Pool(max_bytes=gib(CUDA0=4))
+        for name in "ab":
+            pool.register(Member(name, gib(cpu=100)))
+        visit(pool, "a", 0)
+        assert told(pool.ask(Ticket("b", "use"), 1)) == ["load b"]
+
+    def test_bytes_of_which_nobody_says_where_count_on_each(self):
+        pool = Pool(max_bytes=gib(cpu=8, CUDA0=4))
+        pool.register(Member("told", gib(cpu=1, CUDA0=2)))
+        pool.register(Member("untold", {ANYWHERE: 3 * GIB}))
+        visit(pool, "told", 0)
+        assert told(pool.ask(Ticket("untold", "use"), 1)) == ["unload told"]
+
+    def test_memory_that_is_short_on_one_device_cannot_come_from_another(self):
+        pool = Pool()
+        pool.register(Member("main", gib(cpu=9)))
+        pool.register(Member("next", gib(CUDA0=3)))
+        visit(pool, "main", 0)
+        pool.ask(Ticket("next", "use"), 1)
+        short = OutOfMemoryError("no", needed=3 * GIB, free=2 * GIB, device="CUDA0")
+        assert told(pool.failed("next", short, 2)) == ["refuse next #2"]
 
 
 class TestSwapping:
@@ -523,12 +583,14 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
-        self.max_loaded, self.max_bytes = self.dice.choice([1, 2, 3]), 8 * GIB
+        self.max_loaded = self.dice.choice([1, 2, 3])
+        self.max_bytes = self.dice.choice([8 * GIB, gib(cpu=8, CUDA0=8)])
         self.pool = Pool(self.max_loaded, self.max_bytes)
         for name in "abcde":
             keep_alive_s = self.dice.choice([0, 5, inf])
             priority = self.dice.choice(["high", "normal", "low"])
-            needs = self.dice.randint(1, 8) * GIB
+            on_card = self.dice.randint(0, 8)
+            needs = gib(CUDA0=on_card, cpu=self.dice.randint(0, 8 - on_card))
             self.pool.register(Member(name, needs, priority, keep_alive_s))
         self.now = 0.0
         self.todo: list[Order] = []
@@ -603,7 +665,11 @@ class World:
     def check(self) -> None:
         present = [m for m in self.pool.members.values() if m.state != "unloaded"]
         assert len(present) <= self.max_loaded
-        assert sum(member.needs for member in present) <= self.max_bytes
+        for device in ("cpu", "CUDA0"):
+            limit = self.max_bytes if isinstance(self.max_bytes, int) else self.max_bytes[device]
+            assert sum(member.needs[device] for member in present) <= limit
+        if isinstance(self.max_bytes, int):
+            assert sum(sum(member.needs.values()) for member in present) <= self.max_bytes
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -656,6 +722,9 @@ def test_other_durations_are_refused(given: Any):
         ({"max_loaded": 0}, "max_loaded"),
         ({"max_loaded": True}, "max_loaded"),
         ({"max_bytes": "6GiB"}, "max_bytes"),
+        ({"max_bytes": {"cpu": -1}}, "max_bytes"),
+        ({"max_bytes": {"": 1}}, "max_bytes"),
+        ({"max_bytes": {0: 1}}, "max_bytes"),
         ({"keep_alive": "soon"}, "keep_alive"),
         ({"queue_size": 0}, "queue_size"),
         ({"snapshots": "cloud"}, "snapshots"),

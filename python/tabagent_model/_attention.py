@@ -43,13 +43,21 @@ class Work(NamedTuple):
 
 
 def choose(
-    work: tuple[int, ...], choices: list[Choice], built_in: Choice, *, may_measure: bool = True
+    work: tuple[int, ...],
+    choices: list[Choice],
+    built_in: Choice,
+    *,
+    may_measure: bool = True,
+    module: str | None = None,
 ) -> Choice:
-    """The fastest of these choices, the first of which is llama.cpp's own."""
+    """The fastest of these choices, the first of which is llama.cpp's own.
+
+    `module` is the one that computes, if that is known already.
+    """
     if len(choices) == 1:
         return choices[0]
     work = Work(*work)
-    times = times_of(work) if may_measure or work in _known else measured().get(work)
+    times = times_of(work) if may_measure or work in _known else measured(module).get(work)
     return fastest(times, choices, work.n_ctx) if times else built_in
 
 
@@ -64,10 +72,10 @@ def times_of(work: Work) -> Times | None:
         return _known[work]
 
 
-def measured() -> dict[Work, Times]:
+def measured(module: str | None = None) -> dict[Work, Times]:
     """All that is remembered of this machine, with the CPU module in use."""
     found = {}
-    for name, times in _cache().facts().items():
+    for name, times in _cache(module).facts().items():
         try:
             work = Work(*map(int, name.split()))
             found[work] = {
@@ -114,8 +122,8 @@ def _may_measure() -> bool:
     return wanted == "1"
 
 
-def _cache() -> Cache:
-    return Cache("attention.json", f"{_native.machine()}|{_native.start()}")
+def _cache(module: str | None = None) -> Cache:
+    return Cache("attention.json", f"{_native.machine()}|{module or _native.start()}")
 
 
 def _choice(name: str) -> Choice:

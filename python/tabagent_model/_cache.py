@@ -6,6 +6,7 @@ A folder that cannot be read or written costs time and nothing else.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ class Cache:
         import json
 
         facts = {**self._read(), self._machine: {**self.facts(), name: fact}}
+        temporary = self._file.with_suffix(f".{os.getpid()}")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._file.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
             temporary.replace(self._file)
         except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             import logging
 
             log = logging.getLogger("tabagent_model")

@@ -27,6 +27,7 @@ from .errors import (
     InternalError,
     InvalidRequestError,
     ModelNotLoadedError,
+    OutOfMemoryError,
     TabAgentModelError,
 )
 
@@ -140,8 +141,8 @@ class Courier(threading.Thread):
         self._end: TabAgentModelError | None = None
         self.on_turn: Callable[[], object] = lambda: None
         """Called in any thread when the first request comes, and when the last one is gone."""
+        begin(self)
         _couriers.add(self)
-        self.start()
 
     def send(self, request: Request, inbox: Inbox | LoopInbox) -> None:
         """Submit a request. What is wrong with it is raised here, and then no event will come."""
@@ -301,6 +302,17 @@ class LoopInbox:
             finally:
                 self._waiters.remove(waiter)
         return self._letters.popleft()
+
+
+def begin(thread: threading.Thread) -> None:
+    """Start a thread, if the system gives one."""
+    try:
+        thread.start()
+    except RuntimeError:
+        raise OutOfMemoryError(
+            f"the system refuses a thread (`{thread.name}`)",
+            hint="close what is not needed, or raise the limit that `ulimit -a` shows",
+        ) from None
 
 
 def close_all() -> None:

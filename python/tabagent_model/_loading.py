@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import _log
-from ._courier import Context
+from ._courier import Context, begin
 from .errors import LoadCancelledError
 from .params import ModelConfig
 from .stream import settle
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from ._core import PyModel
+    from .placement._ledger import ModelMemory
 
 Loaded = tuple["Context | None", "PyModel"]
 OnProgress = Callable[[float], Any]
@@ -25,7 +26,7 @@ def open_model(
     config: ModelConfig, on_progress: OnProgress | None, probe: bool | None = None
 ) -> Loaded:
     loading = _Loading(config, on_progress, probe)
-    loading.start()
+    loading.begin()
     try:
         return loading.future.result()
     except BaseException:
@@ -42,7 +43,7 @@ async def open_model_async(
     import asyncio
 
     loading = _Loading(config, on_progress, probe)
-    loading.start()
+    loading.begin()
     try:
         return await settle(asyncio.wrap_future(loading.future), loading.give_up)
     except asyncio.CancelledError:
@@ -53,11 +54,21 @@ async def open_model_async(
 def placement_of(native: object) -> dict[str, Any]:
     """Where the loader put a model, why, and what it tried before; of one that it loaded, here or
     in a worker."""
-    from .placement._ledger import LEDGER
+    from .placement._ledger import LEDGER, Entry
 
     entry = LEDGER.entry_of(native)
-    told: dict[str, Any] = getattr(native, "placement", {}) if entry is None else entry.facts()
+    if isinstance(entry, Entry):
+        return entry.facts()
+    told: dict[str, Any] = getattr(native, "placement", {})
     return told
+
+
+def memory_of(native: object) -> ModelMemory | None:
+    """What such a model holds, as the ledger has it."""
+    from .placement._ledger import LEDGER
+
+    entry = LEDGER.entry_of(getattr(native, "holder", native))
+    return None if entry is None else entry.memory()
 
 
 def give_up_all() -> None:
@@ -87,7 +98,10 @@ class _Loading(threading.Thread):
         self._on_progress = on_progress
         self._probe = probe
         self._is_wanted = True
+
+    def begin(self) -> None:
         _log.start()
+        begin(self)
         _underway.add(self)
 
     def run(self) -> None:

@@ -10,6 +10,7 @@ import threading
 from contextlib import suppress
 
 from . import _core
+from ._courier import begin
 
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
@@ -24,8 +25,9 @@ def start() -> None:
         if _thread is None:
             # Without a handler of ours, Python would print warnings of an unconfigured program.
             logging.getLogger("tabagent_model").addHandler(logging.NullHandler())
-            _thread = threading.Thread(target=_forward, name="tabagent-log", daemon=True)
-            _thread.start()
+            thread = threading.Thread(target=_forward, name="tabagent-log", daemon=True)
+            begin(thread)
+            _thread = thread
 
 
 def stop() -> None:

@@ -51,6 +51,11 @@ def start() -> str:
         return _module
 
 
+def is_started() -> bool:
+    """Whether llama.cpp runs in this process."""
+    return _module is not None
+
+
 def choose() -> str:
     """The best CPU module that survives its trial, or the one that the environment names."""
     usable = [name for name, _ in core.cpu_modules(str(LIBRARIES))]

@@ -56,8 +56,10 @@ class SessionFile:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError):  # a full disk does not say of itself which file it was
+                raise OSError(error.errno, error.strerror, str(target)) from None
             raise
 
     @classmethod

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 class Pin:
-    """Made by `Model.pin`. Every later prompt that begins like this one finds it computed."""
+    """Made by `Model.pin`. Every later prompt that begins like this one finds it computed; with
+    `isolation="process"` also in a worker that was started for one that died."""
 
     def __init__(self, context: Context, request_id: int, tokens: int) -> None:
         self.tokens = tokens

@@ -6,10 +6,13 @@
 #include "src/llama-ext.h"
 
 #include <cstdio>
+#include <future>
 #include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string_view>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #ifdef __linux__
@@ -64,6 +67,25 @@ private:
     char before_[16] = {};
 };
 
+// ggml ends the process when it gets no thread, so as many are asked for beforehand, all at a time.
+bool gives_threads(int32_t count) {
+    std::promise<void>       all_asked;
+    std::shared_future<void> wait = all_asked.get_future().share();
+    std::vector<std::thread> given;
+    given.reserve(count);
+    try {
+        while (int32_t(given.size()) < count) {
+            given.emplace_back([wait] { wait.wait(); });
+        }
+    } catch (const std::system_error &) {
+    }
+    all_asked.set_value();
+    for (auto & thread : given) {
+        thread.join();
+    }
+    return int32_t(given.size()) == count;
+}
+
 }  // namespace
 
 int ta_pool_new(int32_t n_threads, uint32_t poll, ta_pool ** out, ta_error * error) noexcept {
@@ -71,6 +93,9 @@ int ta_pool_new(int32_t n_threads, uint32_t poll, ta_pool ** out, ta_error * err
         auto make = cpu_function<ggml_threadpool_t (*)(ggml_threadpool_params *)>("ggml_threadpool_new");
         if (!make) {
             return ta_fail(error, TA_REFUSED, "the CPU backend offers no thread pool");
+        }
+        if (!gives_threads(n_threads - 1)) {
+            return ta_fail(error, TA_EXHAUSTED, "threads to compute with");
         }
         ggml_threadpool_params params;
         ggml_threadpool_params_init(&params, n_threads);

@@ -22,6 +22,7 @@ enum {
     TA_THROWN    = -100,
     TA_NO_MEMORY = -101,
     TA_REFUSED   = -102,  // a NULL or false where llama.cpp gives no reason
+    TA_EXHAUSTED = -103,  // the system refuses what the message names
 };
 
 typedef struct ta_error {

@@ -34,6 +34,10 @@ pub enum Error {
     #[error("{what} needs {}, but {} is free", mib(*needed), mib(*free))]
     OutOfMemory { what: String, needed: u64, free: u64 },
 
+    /// Threads, or memory in a place where nobody knows how much it would have taken.
+    #[error("the system refuses {what}")]
+    Exhausted { what: String },
+
     #[error("llama.cpp could not create a context of {n_ctx} tokens: {reason}")]
     ContextCreation { n_ctx: u32, reason: String },
 
@@ -102,6 +106,9 @@ impl Error {
             }
             Error::ModelCorrupted { .. } => Some("download or convert the file again".into()),
             Error::OutOfMemory { .. } => Some("lower `n_ctx` or `max_parallel`".into()),
+            Error::Exhausted { .. } => {
+                Some("close what is not needed, or raise the limit that `ulimit -a` shows".into())
+            }
             Error::ContextCreation { .. } => Some("try `n_ctx=2048` or less".into()),
             Error::ContextLimitExceeded { required, .. } => {
                 Some(format!("load the model with `n_ctx={required}` or more"))
@@ -141,6 +148,10 @@ impl Error {
         position: Option<(usize, usize)>,
     ) -> Error {
         Error::Grammar { syntax, what: what.into(), position }
+    }
+
+    pub fn exhausted(what: impl Into<String>) -> Error {
+        Error::Exhausted { what: what.into() }
     }
 
     pub fn internal(what: impl Into<String>) -> Error {

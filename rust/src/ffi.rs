@@ -30,6 +30,7 @@ pub(crate) const ANSWER_CALL_ARGUMENTS: c_int = 4;
 const THROWN: c_int = -100;
 const NO_MEMORY: c_int = -101;
 const REFUSED: c_int = -102;
+const EXHAUSTED: c_int = -103;
 
 #[repr(C)]
 pub(crate) struct ShimError {
@@ -357,8 +358,9 @@ pub(crate) fn call_or(
     let message = || unsafe { CStr::from_ptr(error.message.as_ptr()) }.to_string_lossy();
     match status {
         THROWN => Err(Error::internal(format!("llama.cpp threw: {}", message()))),
-        NO_MEMORY => Err(Error::internal("llama.cpp ran out of memory")),
+        NO_MEMORY => Err(Error::exhausted("memory to llama.cpp")),
         REFUSED => Err(refusal(message().into_owned())),
+        EXHAUSTED => Err(Error::exhausted(message())),
         status => Ok(status),
     }
 }

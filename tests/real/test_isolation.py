@@ -44,6 +44,7 @@ CONFIG: dict[str, Any] = {
     "flash_attn": "on",
     "kv_type": "f16",
 }
+APART: dict[str, Any] = {**CONFIG, "isolation": "process", "watchdog_s": 1.0}
 GREEDY: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
 LONG: dict[str, Any] = {"max_tokens": -1, "ignore_eos": True, "overflow": "shift"}
 PROMPTS = [
@@ -210,46 +211,80 @@ SIGNALS = [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL, signal.SIGSTOP]
 
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_worker_may_die_at_any_moment(
+def test_a_worker_may_die_while_it_loads(
     number: signal.Signals, reference: Completion, monkeypatch: pytest.MonkeyPatch
 ):
-    config = {**CONFIG, "isolation": "process", "watchdog_s": 1.0}
-
+    """R08, R09"""
     others = children()
 
-    def in_load(fraction: float) -> None:
+    def kill(fraction: float) -> None:
         for pid in {*children()} - {*others}:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    healthy = spawn._PROGRAM
-    monkeypatch.setattr(spawn, "_PROGRAM", program("import time; time.sleep(60)"))
-    with pytest.raises(WorkerCrashedError) as caught:
-        Model.load(**config, on_progress=in_load)
-    monkeypatch.setattr(spawn, "_PROGRAM", healthy)
-    assert caught.value.request_ids == ()
-    expected = "SIGKILL" if number == signal.SIGSTOP else number.name
-    assert caught.value.signal == expected
-    with Model.load(**config) as model:
-        for moment in ("idle", "prefill", "decode"):
-            prompt = [5] * 480 if moment == "prefill" else PROMPTS[0]
-            streams = [] if moment == "idle" else [model.stream(prompt, **LONG) for _ in range(6)]
-            if moment == "decode":
-                for stream in streams[:4]:
-                    next(stream)
-            os.kill(pid_of(model), number)
-            if moment == "idle" and number == signal.SIGSTOP:
-                with pytest.raises(WorkerCrashedError, match="sign of life"):
-                    model.stream(prompt, **LONG)
-            for stream in streams:
-                with pytest.raises(WorkerCrashedError) as caught:
-                    for _ in stream:
-                        pass
-                assert caught.value.signal == expected
-                assert stream.request_id in caught.value.request_ids
-            ask = eventually if moment == "idle" else reference_of
-            assert ask(model) == reference
+    with monkeypatch.context() as slow:
+        slow.setattr(spawn, "_PROGRAM", program("import time; time.sleep(60)"))
+        with pytest.raises(WorkerCrashedError) as caught:
+            Model.load(**APART, on_progress=kill)
+    assert (caught.value.signal, caught.value.request_ids) == (told(number), ())
+    assert children() == others
+    with Model.load(**APART) as model:
+        assert reference_of(model) == reference
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("moment", ["idle", "prefill", "decode"])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_worker_may_die_at_any_moment(number: signal.Signals, moment: str, reference: Completion):
+    """R08, R09: one error for each request that was under way, and the next one is answered."""
+    with Model.load(**APART) as model:
+        prompt = [5] * 480 if moment == "prefill" else PROMPTS[0]
+        streams = [] if moment == "idle" else [model.stream(prompt, **LONG) for _ in range(6)]
+        if moment == "decode":
+            for stream in streams[:4]:
+                next(stream)
+        os.kill(pid_of(model), number)
+        if moment == "idle" and number == signal.SIGSTOP:
+            with pytest.raises(WorkerCrashedError, match="sign of life"):
+                model.stream(prompt, **LONG)
+        for stream in streams:
+            with pytest.raises(WorkerCrashedError) as caught:
+                for _ in stream:
+                    pass
+            assert caught.value.signal == told(number)
+            assert stream.request_id in caught.value.request_ids
+        ask = eventually if moment == "idle" else reference_of
+        assert ask(model) == reference
         assert model.metrics()["running"] == 0
+
+
+def told(number: signal.Signals) -> str:
+    """Whoever is stopped is killed by its watchdog."""
+    return "SIGKILL" if number == signal.SIGSTOP else number.name
+
+
+@pytest.mark.usefixtures("lenient")
+def test_what_was_pinned_is_computed_again_by_the_next_worker():
+    beginning = [5] * 300
+    with Model.load(**APART) as model:
+        pin = model.pin(beginning)
+        for _ in range(2):
+            os.kill(pid_of(model), signal.SIGKILL)
+            eventually(model)
+            assert until(lambda: model.metrics()["prompt_cache_bytes"] > 0)
+            for token in range(10, 16):  # nothing of it is left in a slot
+                model.generate([token] * 400, max_tokens=1)
+            usage = model.generate([*beginning, 6], max_tokens=1).usage
+            assert usage.cached_tokens == pin.tokens
+        pin.release()
+
+
+def until(is_so: Callable[[], bool]) -> bool:
+    for _ in range(1000):
+        if is_so():
+            return True
+        time.sleep(0.005)
+    return False
 
 
 def eventually(model: Model) -> Completion:

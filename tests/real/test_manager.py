@@ -26,6 +26,7 @@ from tabagent_model import (
     InvalidRequestError,
     Model,
     ModelBusyError,
+    ModelConfig,
     ModelCorruptedError,
     ModelEvent,
     ModelManager,
@@ -35,6 +36,8 @@ from tabagent_model import (
     OutOfMemoryError,
     QueueTimeoutError,
     WorkerCrashedError,
+    estimate,
+    memory,
 )
 from tabagent_model.params import BUNDLED_MODEL
 
@@ -299,17 +302,75 @@ def test_a_swap_that_fails_late_leaves_the_old_model_or_brings_it_back(
 
 
 def test_a_budget_in_bytes_is_kept():
-    with ModelManager(max_bytes=8 << 20) as models:
+    with ModelManager(max_bytes=38 << 20) as models:
         models.register_model("chat", FILES["chat"], n_ctx=512, max_parallel=1)
         models.register_model("draft", FILES["draft"], n_ctx=512, max_parallel=1)
         models.register_model("wide", FILES["draft"], n_ctx=512, max_parallel=16)
         models.load_model("chat")
         models.load_model("draft")
-        assert 3 << 20 < sum(each.needs_bytes for each in models.list_models()) < 8 << 20
+        assert 30 << 20 < sum(each.needs_bytes for each in models.list_models()) < 38 << 20
         models.pin("chat")
         with pytest.raises(NoRoomError, match=r"what could leave is pinned: `chat` \("):
             models.load_model("wide")
         assert states(models) == {"chat": "loaded", "draft": "loaded", "wide": "unloaded"}
+
+
+@pytest.mark.parametrize("isolation", ["none", "process"])
+def test_what_a_model_takes_is_estimated_and_then_what_the_ledger_says(isolation: Any):
+    config = ModelConfig(n_ctx=512, max_parallel=2, kv_type="f16", isolation=isolation)
+    with ModelManager(max_bytes={"cpu": 1 << 30}) as models:
+        models.register_model("chat", config)
+        ticket = models._ticket("load", "chat", None)
+        models._keeper.measure(ticket)
+        assert ticket.needs == estimate(config).needs
+        models.load_model("chat")
+        (held,) = memory().models
+        assert eventually(lambda: models.list_models()[0].needs == held.needs)
+        assert models.list_models()[0].needs_bytes == sum(held.needs.values())
+
+
+def test_an_estimate_of_ones_own_is_asked_before_and_after():
+    asked: list[ModelConfig] = []
+
+    def told(config: ModelConfig) -> dict[str, int]:
+        asked.append(config)
+        return {"cpu": 5 << 20, "CUDA0": 1 << 20}
+
+    with ModelManager(estimate=told) as models:
+        models.register_model("chat", n_ctx=512, max_parallel=0)
+        models.load_model("chat")
+        assert eventually(lambda: len(asked) == 2)
+        assert (asked[0].max_parallel, asked[1].max_parallel > 0) == (0, True)
+        (described,) = models.list_models()
+        assert (described.needs, described.needs_bytes) == (told(asked[0]), 6 << 20)
+    for wrong in (-1, {"cpu": 1.5}, {3: 4}, "many"):
+        with ModelManager(estimate=lambda config, wrong=wrong: wrong) as models:  # type: ignore[misc]
+            models.register_model("chat", n_ctx=512)
+            with pytest.raises(InvalidRequestError, match="`estimate` must be"):
+                models.load_model("chat")
+
+
+# What a manager does with models in workers leaves the program itself without llama.cpp.
+APART = """
+from tabagent_model import ModelManager, _native, memory
+with ModelManager(max_bytes=1 << 30) as models:
+    for name in ("one", "two"):
+        models.register_model(name, isolation="process", n_ctx=512, max_parallel=1)
+        models.load_model(name)
+    pids = {each.info()["worker_pid"] for each in map(models.get_model, ("one", "two"))}
+    report = memory()
+    assert {each.worker.pid for each in report.models} == pids, report
+    assert report.devices[0].free and report.devices[0].total, report
+print(_native.is_started(), "libggml-cpu" in open("/proc/self/maps").read(), len(pids))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_models_in_workers_are_managed_without_starting_llama_cpp_here():
+    ran = subprocess.run(
+        [sys.executable, "-c", APART], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ran.stdout, ran.stderr) == ("False False 2\n", "")
 
 
 def test_who_is_in_use_stays_and_whoever_waits_may_stop_waiting():

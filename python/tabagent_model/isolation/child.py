@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from copy import copy
 from itertools import count
 from pathlib import Path
@@ -22,8 +23,16 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from .. import _core
-from ..errors import LoadCancelledError, ProtocolError, WorkerCrashedError
+from ..errors import (
+    BackendError,
+    LoadCancelledError,
+    OutOfMemoryError,
+    ProtocolError,
+    WorkerCrashedError,
+)
+from ..placement._ledger import LEDGER
 from .frames import PROTOCOL, Answer, Message, RemoteEvent, Wire, error_of, event_of, pack, unpack
+from .memory import Tenant, sizes
 from .spawn import command, last_line, new_notes, spawned
 
 if TYPE_CHECKING:
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
 
 # Until its first word: Python has to start, perhaps on a busy machine.
 START_S = 30.0
+_DESCRIBED = {"model", "context", "memory"}
 
 
 class Child:
@@ -42,7 +52,7 @@ class Child:
         self._config = config
         self._beat_s = min(1.0, config.watchdog_s / 4)
         self._silent_s = self._stuck_s = 0.0
-        self._has_begun = False
+        self._has_begun = self._is_loading = False
         self._pulse: Any = None
         self._last_rss_mb: float | None = None
         self._answers: dict[int, Answer] = {}
@@ -55,20 +65,21 @@ class Child:
         self.released: deque[int] = deque()
         """Objects there that nobody holds here any more; told with the next message."""
         program = command()
-        self._notes = new_notes()
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            end.setblocking(True)  # whatever the program's default is
+        with ExitStack() as opened:
+            try:
+                self._notes = new_notes()
+                opened.callback(os.close, self._notes)
+                ours, theirs = map(opened.enter_context, socket.socketpair())
+                for end in (ours, theirs):
+                    end.setblocking(True)  # whatever the program's default is
+                arguments = [str(theirs.fileno()), str(os.getpid()), str(self._beat_s)]
+                self._process = spawned([*program, *arguments], theirs.fileno(), self._notes)
+            except OSError as error:
+                message = f"no worker process could be started: {error}"
+                raise BackendError(message, hint="load it with `isolation='none'`") from None
+            opened.pop_all()
+        theirs.close()
         self._wire = Wire(ours)
-        arguments = [str(theirs.fileno()), str(os.getpid()), str(self._beat_s)]
-        try:
-            self._process = spawned([*program, *arguments], theirs.fileno(), self._notes)
-        except BaseException:
-            self._wire.close()
-            os.close(self._notes)
-            raise
-        finally:
-            theirs.close()
 
     @property
     def pid(self) -> int:
@@ -82,6 +93,11 @@ class Child:
     @property
     def is_over(self) -> bool:
         return self._end is not None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it holds memory: the ledger asks."""
+        return self._end is None and self._process.poll() is None
 
     def rss_mb(self) -> float | None:
         try:
@@ -99,11 +115,19 @@ class Child:
             if tell(fraction) is False:
                 raise LoadCancelledError(f"loading `{self._config.path}` was cancelled")
 
-        self._progress = progress
+        self._progress, self._is_loading = progress, True
         config = pack(self._config.to_dict(), [])
-        described = self.settle({"action": "load", "config": config}, is_wanted)
-        if type(described) is not dict or not {"model", "context"} <= described.keys():
-            raise ProtocolError(f"no description of a model: {described!r:.60}")
+        try:
+            described = self.settle({"action": "load", "config": config}, is_wanted)
+            if type(described) is not dict or not described.keys() >= _DESCRIBED:
+                raise ProtocolError(f"no description of a model: {described!r:.60}")
+            if described["context"] is not None:
+                LEDGER.enter(self, Tenant(self, self._config.path, described["memory"]))
+        except OutOfMemoryError as error:
+            raise LEDGER.with_unloading(error) if hasattr(error, "rungs") else error from None
+        finally:
+            self._is_loading = False
+            LEDGER.release(id(self))
         return described
 
     def settle(
@@ -244,6 +268,10 @@ class Child:
                 _core.put_log(str(level), str(line))
         elif "hello" in message:
             _check(message["hello"])
+        elif "reserve" in message and self._is_loading:
+            needs, beside = sizes(message["reserve"]), sizes(message["beside"])
+            others = LEDGER.promise(id(self), needs, beside)
+            self.tell({"action": "reserved", "beside": others})
         else:
             raise ProtocolError(f"an unknown message: {message!r:.60}")
         return []

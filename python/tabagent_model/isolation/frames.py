@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .. import errors
+from .._courier import begin
 from ..errors import InternalError, ProtocolError, TabAgentModelError, TokenizationError
 from ..results import Logprobs
 
@@ -70,7 +71,7 @@ class Wire:
         is_long = data or len(frame) > _AT_ONCE
         if is_long and threading.current_thread() is threading.main_thread():
             sender = threading.Thread(target=self._send_quietly, args=(frame, data), daemon=True)
-            sender.start()
+            begin(sender)
             sender.join()
         else:
             self._send(frame, data)

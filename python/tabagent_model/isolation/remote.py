@@ -16,20 +16,22 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from .. import _core
+from .._courier import begin
 from ..errors import ModelNotLoadedError, TabAgentModelError, WorkerCrashedError
+from ..hardware import Machine
+from ..params import ModelConfig
+from ..placement._ledger import LEDGER
 from .child import Child, calling
 from .frames import RemoteEvent, unpack
+from .memory import GLIMPSE_S
 from .respawn import Keeper, runs_an_event_loop, start
 from .verdicts import Verdict
 
 if TYPE_CHECKING:
     from .._core import PyModel, UnloadReport
     from .._courier import Context
-    from ..params import ModelConfig
 
-# How long a look at the counters may take before the last ones have to do; in an event loop, where
-# others wait as long.
-GLIMPSE_S = 1.0
+# As GLIMPSE_S, in an event loop, where others wait as long.
 LOOP_GLIMPSE_S = 0.02
 
 
@@ -54,7 +56,7 @@ def open_isolated(
     model = cast("PyModel", RemoteModel(keeper))
     if described["context"] is not None:
         return cast("Context", RemoteContext(keeper)), model
-    threading.Thread(target=keeper.hear, name="tabagent-remote", daemon=True).start()
+    begin(threading.Thread(target=keeper.hear, name="tabagent-remote", daemon=True))
     return None, model
 
 
@@ -105,6 +107,11 @@ class RemoteModel(_Remote):
     @property
     def is_loaded(self) -> bool:
         return not self._keeper.is_closed
+
+    @property
+    def holder(self) -> Child:
+        """What stands in the ledger."""
+        return self._keeper.last_child
 
     def rss_mb(self) -> float | None:
         """What the worker holds in memory."""
@@ -169,8 +176,7 @@ class RemoteContext(_Remote):
         self._keeper.close()
 
     def unpin(self, request_id: int) -> None:
-        if not self.is_closed:
-            self._keeper.call("context", "unpin", [request_id])
+        self._keeper.unpin(request_id)
 
     def metrics(self) -> dict[str, Any]:
         """The last ones, where the worker does not answer."""
@@ -200,6 +206,16 @@ class RemoteContext(_Remote):
 def probe(config: ModelConfig, is_wanted: Callable[[], bool]) -> None:
     """Of a file that is to be loaded into this process afterwards."""
     try_out(config, is_wanted, Verdict(config, _core.inspect_gguf(config.path)["shards"]))
+
+
+def scout() -> Machine:
+    """This machine, as a worker sees it that is started for this alone."""
+    child = Child(ModelConfig())
+    try:
+        question, _ = calling("memory", "machine", [], {})
+        return LEDGER.without_reserved(Machine.from_dict(child.settle(question)))
+    finally:
+        child.end(ModelNotLoadedError("that was all"))
 
 
 def try_out(config: ModelConfig, is_wanted: Callable[[], bool], verdict: Verdict) -> None:

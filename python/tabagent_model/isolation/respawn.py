@@ -20,18 +20,20 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakSet
 
+from .._courier import begin
 from ..errors import (
     ForkedProcessError,
     GenerationTimeoutError,
     InvalidRequestError,
     LoadCancelledError,
     ModelNotLoadedError,
+    OutOfMemoryError,
     QueueFullError,
     QueueTimeoutError,
     TabAgentModelError,
     WorkerCrashedError,
 )
-from .child import Child
+from .child import Child, calling
 from .frames import Message, RemoteEvent, pack
 from .spawn import disown
 
@@ -47,6 +49,10 @@ TICK_S = 1.0
 LATE_S = 0.25
 # Before the second start within a minute; the first is at once, and the third crash is the last.
 BACKOFF_S = 1.0
+# Until a pin is tried again for which the new worker had no place.
+RENEW_AGAIN_S = 0.1
+
+_LIMITS = ("timeout_s", "max_queue_wait_s", "deadline")
 
 
 class Keeper:
@@ -71,6 +77,9 @@ class Keeper:
         self._described = described
         self._child: Child | None = child
         self._requests: dict[int, _Request] = {}
+        self._pins: dict[int, _Request] = {}
+        """What the next worker computes again, to keep it as this one does."""
+        self._renewing: set[int] = set()
         self._news: list[RemoteEvent] = []
         self._is_starting = self._is_closed = False
         self._refusal: TabAgentModelError | None = None
@@ -129,6 +138,16 @@ class Keeper:
         if child is not None:
             child.tell({"action": "abort", "request": request_id})
 
+    def unpin(self, request_id: int) -> None:
+        """What was pinned is kept no longer. Where no worker lives it is gone already."""
+        with self._changed:
+            self._pins.pop(request_id, None)
+            child = self._living
+            if child is None or request_id in self._renewing:
+                return
+        with suppress(WorkerCrashedError):
+            child.call("context", "unpin", [request_id])
+
     def call(
         self,
         on: str,
@@ -145,6 +164,7 @@ class Keeper:
                     raise Empty
                 if not self._child:
                     self._start_another()
+                    self._check()
                 self._changed.wait()
                 self._check()
         try:
@@ -168,10 +188,12 @@ class Keeper:
                     events = child.hear(min(TICK_S, self.config.watchdog_s / 4), self._requests)
                 except WorkerCrashedError as crash:
                     events = self._bury(crash)
+            if self._renewing:
+                events = [event for event in events if not self._is_of_renewal(event)]
             if events:
                 for event in events:
                     if event.is_last:
-                        self._requests.pop(event.request_id, None)
+                        self._note_end(event)
                 return events
 
     def hear(self) -> None:
@@ -277,6 +299,11 @@ class Keeper:
             self._news.append(event)
             self._changed.notify_all()
 
+    def _note_end(self, event: RemoteEvent) -> None:
+        request = self._requests.pop(event.request_id, None)
+        if request is not None and request.params.get("pin") and not event.error:
+            self._pins[event.request_id] = request
+
     def _end_overdue(self) -> None:
         for request_id, request in list(self._requests.items()):
             if request.is_held and (error := request.overdue()):
@@ -289,6 +316,7 @@ class Keeper:
             self._changed.notify_all()
             if self._is_closed:
                 return []  # the courier says goodbye
+            self._renewing.clear()
             gone = {i: r for i, r in self._requests.items() if not r.is_held}
             for request_id in gone:
                 del self._requests[request_id]
@@ -307,9 +335,14 @@ class Keeper:
         self._is_quarantined = True
 
     def _start_another(self) -> None:
-        if not self._is_starting:
-            self._is_starting = True
-            threading.Thread(target=self._restart, name="tabagent-restart", daemon=True).start()
+        if self._is_starting:
+            return
+        self._is_starting = True
+        try:
+            begin(threading.Thread(target=self._restart, name="tabagent-restart", daemon=True))
+        except OutOfMemoryError as error:
+            self._is_starting = False
+            self._give_up(error)
 
     def _restart(self) -> None:
         pause = BACKOFF_S * max(self._verdict.num_crashes - 1, 0)
@@ -340,6 +373,52 @@ class Keeper:
                 self._send(child, request_id, request)
                 if request.is_aborted:
                     child.tell({"action": "abort", "request": request_id})
+        with suppress(TabAgentModelError):
+            self._renew_pins(child)
+
+    def _renew_pins(self, child: Child) -> None:
+        """After those who wait, who may well compute the same for themselves."""
+        for request_id in list(self._pins):
+            while isinstance(error := self._renew(child, request_id), QueueFullError):
+                time.sleep(RENEW_AGAIN_S)
+            if isinstance(error, WorkerCrashedError):
+                return  # the next one does it
+            if error is not None:
+                self._note_lost_pin(request_id, error)
+
+    def _renew(self, child: Child, request_id: int) -> Exception | None:
+        """Submit a pin again; what was wrong with that."""
+        with self._changed:
+            pin = self._pins.get(request_id)
+            if pin is None:  # released meanwhile
+                self._renewing.discard(request_id)
+                return None
+            self._renewing.add(request_id)
+        again = _Request(pin.prompt, pin.without_limits())
+        self._send(child, request_id, again)
+        return again.reply.get()
+
+    def _is_of_renewal(self, event: RemoteEvent) -> bool:
+        """Nobody waits for it: whoever pinned that had his answer long ago."""
+        with self._changed:
+            if event.request_id not in self._renewing:
+                return False
+            if event.is_last:
+                self._renewing.discard(event.request_id)
+                is_kept = event.request_id in self._pins
+                child = self._living
+        if event.is_last and event.error is not None:
+            self._note_lost_pin(event.request_id, event.error)
+        elif event.is_last and not is_kept and child is not None:  # released meanwhile
+            question, data = calling("context", "unpin", [event.request_id], {})
+            child.ask(question, lambda value, error: None, data)
+        return True
+
+    def _note_lost_pin(self, request_id: int, error: BaseException) -> None:
+        with self._changed:
+            self._renewing.discard(request_id)
+            self._pins.pop(request_id, None)
+        log.warning("what was pinned is kept no longer in the new worker: %s", error)
 
     def _note_failed_start(self, error: Exception) -> None:
         if not isinstance(error, TabAgentModelError):
@@ -404,6 +483,10 @@ class _Request:
         if deadline is not None and time.time() > deadline:
             return GenerationTimeoutError(f"no worker was ready before `deadline={deadline}`")
         return None
+
+    def without_limits(self) -> dict[str, Any]:
+        """The params of one that nobody waits for."""
+        return {name: value for name, value in self.params.items() if name not in _LIMITS}
 
     def left(self) -> dict[str, Any]:
         """The params, with what is left of the time."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 
+from .._courier import begin
 from ..errors import BackendError
 
 
@@ -57,10 +58,11 @@ def spawned(command: list[str], socket: int, stderr: int) -> subprocess.Popen[by
     global _spawner
     with _spawning:
         if _spawner is None:
-            _spawner = SimpleQueue()
-            thread = threading.Thread(target=_start_all, args=(_spawner,), name="tabagent-spawn")
+            orders: SimpleQueue[Callable[[], None]] = SimpleQueue()
+            thread = threading.Thread(target=_start_all, args=(orders,), name="tabagent-spawn")
             thread.daemon = True
-            thread.start()
+            begin(thread)
+            _spawner = orders
         orders = _spawner
     started: SimpleQueue[subprocess.Popen[bytes] | BaseException] = SimpleQueue()
 
@@ -82,9 +84,6 @@ def spawned(command: list[str], socket: int, stderr: int) -> subprocess.Popen[by
 
     orders.put(start)
     process = started.get()
-    if isinstance(process, OSError):
-        message = f"no worker process could be started: {process}"
-        raise BackendError(message, hint="load it with `isolation='none'`") from None
     if isinstance(process, BaseException):
         raise process
     return process

@@ -15,17 +15,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from .. import _core
+from .._courier import begin
 from .._loading import load_here, placement_of
 from ..errors import InvalidRequestError, ProtocolError
 from ..params import ModelConfig
+from ..placement._ledger import LEDGER
 from ..stream import LONG_TEXT
 from .frames import PROTOCOL, Message, Wire, pack, told_error, unpack
+from .memory import Books
 
 if TYPE_CHECKING:
     from .._loading import Loaded
@@ -49,9 +53,10 @@ class Worker:
         self._wire = wire
         self._load = load
         self._beat_s = beat_s
-        self._objects: dict[int | str, Any] = {}
-        """What calls are made on: `model`, `context`, and by number what calls gave back."""
+        self._objects: dict[int | str, Any] = {"memory": Books()}
+        """What calls are made on: `model`, `context`, `memory`, and by number what they gave."""
         self._numbers = count(1)
+        self._reservations: SimpleQueue[dict[str, int] | None] = SimpleQueue()
         self._calls = ThreadPoolExecutor(8, "tabagent-call")
         self._num_calls = 0
         self._counting = threading.Lock()
@@ -85,6 +90,8 @@ class Worker:
             self._answer(message, self._call)
         elif action == "load":
             self._answer(message, self._open)
+        elif action == "reserved":
+            self._reservations.put(message["beside"])
         else:
             raise ProtocolError(f"Unknown action: {action!r:.40}")
 
@@ -117,13 +124,23 @@ class Worker:
             return True
 
         config = ModelConfig.from_dict(unpack(message["config"], message.get("data", ())))
+        LEDGER.elsewhere = self._reserve
         context, model = self._load(config.with_isolation("none"), tell)
-        self._objects |= {"model": model, "context": context}
+        books = Books(model)
+        self._objects |= {"model": model, "context": context, "memory": books}
         if context is not None:
             self._start(self._tell_events)
         described = _described(model)
         described["facts"]["placement"] = pack(placement_of(model), [])
-        return {"model": described, "context": context and _described(context)}
+        told = context and _described(context)
+        return {"model": described, "context": told, "memory": books.told()}
+
+    def _reserve(
+        self, needs: Mapping[str, int], beside: Mapping[str, int]
+    ) -> dict[str, int] | None:
+        """Of the parent, which has the ledger; the thread that hears takes its answer."""
+        self._wire.send({"reserve": needs, "beside": beside})
+        return self._reservations.get()
 
     def _submit(self, message: Message) -> None:
         params = unpack(message["params"], message.get("data", ()))
@@ -171,7 +188,7 @@ class Worker:
                 traceback.print_exc()
                 os._exit(1)
 
-        threading.Thread(target=run, name=f"tabagent{work.__name__}", daemon=True).start()
+        begin(threading.Thread(target=run, name=f"tabagent{work.__name__}", daemon=True))
 
 
 # What belongs to the worker itself, or takes a function.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from math import inf
@@ -25,10 +25,11 @@ from ..errors import (
     ModelNotLoadedError,
     QueueTimeoutError,
 )
-from ..model import AsyncModel, Model, _config_of, _in_executor, inspect
+from ..model import AsyncModel, Model, _config_of, _in_executor
 from ..params import ModelConfig, ModelFields, Priority, checked_whole
-from ._keeper import Estimate, Keeper, M, ManagedModel, ModelUsage, OnEvent, Teller
-from ._pool import PRIORITIES, Member, Pool, Ticket, Wish
+from ._keeper import Keeper, M, ManagedModel, ModelUsage, OnEvent, Teller
+from ._needs import Estimate, checked_needs
+from ._pool import PRIORITIES, Member, Needs, Pool, Ticket, Wish
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -63,22 +64,25 @@ class _Manager(Generic[M]):
         self,
         *,
         max_loaded: int = 3,
-        max_bytes: int | None = None,
+        max_bytes: int | Mapping[str, int] | None = None,
         keep_alive: Duration = -1,
         queue_size: int = 1024,
         snapshots: Literal["memory", "disk"] | None = None,
         estimate: Estimate | None = None,
         on_event: OnEvent | None = None,
     ) -> None:
-        """Hold at most `max_loaded` models, and at most `max_bytes` by what `estimate` says.
+        """Hold at most `max_loaded` models, and at most `max_bytes`: a number for all devices
+        together, or one for each, like `{"cpu": 8 << 30, "CUDA0": 20 << 30}`.
 
-        What is not used for `keep_alive` is unloaded. With `snapshots`, what was computed for
-        sessions is kept meanwhile. `on_event` is called in a thread of its own.
+        What a model takes is estimated before it is loaded, and looked up afterwards; `estimate` is
+        asked instead where it is given. What is not used for `keep_alive` is unloaded. With
+        `snapshots`, what was computed for sessions is kept meanwhile. `on_event` is called in a
+        thread of its own.
         """
         from ._snapshots import Snapshots
 
         checked_whole("max_loaded", max_loaded, 1, 1024)
-        limit = inf if max_bytes is None else checked_whole("max_bytes", max_bytes, 1, 2**62)
+        limit = inf if max_bytes is None else _checked_limit(max_bytes)
         checked_whole("queue_size", queue_size, 1, 1_000_000)
         if snapshots not in (None, "memory", "disk"):
             message = f"`snapshots` must be None, 'memory' or 'disk', got {snapshots!r:.40}"
@@ -89,7 +93,7 @@ class _Manager(Generic[M]):
         if on_event is not None:
             self._teller.watch(on_event)
         self._keeper: Keeper[M] = Keeper(
-            self._kind, pool, Snapshots(snapshots), estimate or estimated_bytes, self._teller
+            self._kind, pool, Snapshots(snapshots), estimate, self._teller
         )
 
     def register_model(
@@ -125,7 +129,7 @@ class _Manager(Generic[M]):
         keep_alive_s = self._keep_alive_s
         if keep_alive is not None:
             keep_alive_s = seconds_of("keep_alive", keep_alive)
-        member = Member(name, 0, priority, keep_alive_s, bool(pin))
+        member = Member(name, {}, priority, keep_alive_s, bool(pin))
         self._keeper.register(member, _config_of(model, fields), bool(set_default))
 
     @property
@@ -448,21 +452,6 @@ class AsyncModelManager(_Manager[AsyncModel], metaclass=_OnePerProcess):
         await self.close()
 
 
-def estimated_bytes(config: ModelConfig) -> int:
-    """What a model will take: its weights, and the keys and values of all its sequences."""
-    if config.vocab_only:
-        return 0
-    found = inspect(config.path)
-    per_token = found.kv_bytes_per_token * _KV_SIZES.get(config.kv_type, 1.0)
-    n_ctx = min(config.n_ctx, found.n_ctx_train or config.n_ctx)
-    return found.size_bytes + int(per_token * n_ctx * (config.max_parallel or _MOST_SEQUENCES))
-
-
-# Against f16, which is what `auto` mostly comes to; and what `max_parallel=0` is at most.
-_KV_SIZES = {"f32": 2.0, "q8_0": 34 / 64}
-_MOST_SEQUENCES = 8
-
-
 def seconds_of(name: str, given: Duration) -> float:
     """A duration in seconds; -1 is infinite."""
     seconds: Any = given
@@ -489,6 +478,12 @@ _NUMBER = re.compile(r"-1|[0-9]{1,12}(?:\.[0-9]{1,9})?")
 _LONGEST_S = 1e9
 
 _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
+
+
+def _checked_limit(max_bytes: int | Mapping[str, int]) -> float | Needs:
+    if isinstance(max_bytes, Mapping):
+        return checked_needs("max_bytes", max_bytes)
+    return checked_whole("max_bytes", max_bytes, 1, 2**62)
 
 
 def _checked_timeout(timeout_s: float | None) -> float | None:

@@ -15,15 +15,17 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from .._courier import begin
 from .._loading import Loaded, open_model
 from ..errors import ForkedProcessError, InternalError, InvalidRequestError
 from ..model import AsyncModel, Model
-from ..params import ModelConfig, Priority, checked_whole
-from ._pool import Member, Order, Pool, State, Ticket
+from ..params import ModelConfig, Priority
+from ._needs import Estimate, after_load, before_load
+from ._pool import Member, Order, Pool, State, Ticket, taken
 
 if TYPE_CHECKING:
     import logging
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from ._snapshots import Snapshots
 
 M = TypeVar("M", Model, AsyncModel)
-Estimate = Callable[[ModelConfig], int]
 Happening = Callable[[Pool, float], list[Order]]
 Step = Literal["load", "drain", "unload"]
 
@@ -66,10 +67,12 @@ class ManagedModel:
     priority: Priority
     keep_alive_s: float
     needs_bytes: int
-    """0: not known yet."""
+    """On all devices together; 0: not known yet."""
     num_users: int
     """How many are in a `use`."""
     num_waiting: int
+    needs: dict[str, int] = field(default_factory=dict, hash=False)
+    """By device; under "" where the `estimate` of the manager does not tell on which."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Keeper(threading.Thread, Generic[M]):
         kind: type[M],
         pool: Pool,
         snapshots: Snapshots,
-        estimate: Estimate,
+        estimate: Estimate | None,
         teller: Teller,
     ) -> None:
         super().__init__(name="tabagent-manager", daemon=True)
@@ -115,7 +118,7 @@ class Keeper(threading.Thread, Generic[M]):
         """When the models that are draining began to."""
         self._process = os.getpid()
         self._has_ended = False
-        self.start()
+        begin(self)
 
     @property
     def is_open(self) -> bool:
@@ -154,8 +157,7 @@ class Keeper(threading.Thread, Generic[M]):
     def measure(self, ticket: Ticket) -> None:
         """Look at the file, before anything leaves for it: this raises what is wrong with it."""
         if self.is_to_be_measured(ticket):
-            needs = self._estimate(self._configs[ticket.model])
-            ticket.needs = checked_whole("estimate", needs, 0, 2**62)
+            ticket.needs = before_load(self._configs[ticket.model], self._estimate)
 
     def ask(self, ticket: Ticket) -> Future[Any]:
         """The model, when it is loaded; whatever, when it is gone if that was wished."""
@@ -202,7 +204,8 @@ class Keeper(threading.Thread, Generic[M]):
                 is_pinned=member.is_pinned,
                 priority=member.priority,
                 keep_alive_s=member.keep_alive_s,
-                needs_bytes=member.needs,
+                needs_bytes=taken(member.needs, None),
+                needs=dict(member.needs),
                 num_users=len(member.users),
                 num_waiting=pool.num_waiting(member.name),
             )
@@ -350,16 +353,11 @@ class Keeper(threading.Thread, Generic[M]):
         return model
 
     def _weigh(self, name: str, model: M) -> None:
-        """Estimate again, with what was chosen for the model. Nobody waits for this any more."""
-        config, context = model.config, model._context
+        """What it took after all. Nobody waits for this any more."""
         try:
-            if context is not None:
-                config = config.with_fields(
-                    n_ctx=context.n_ctx, max_parallel=context.n_seq_max, kv_type=context.kv_type
-                )
-            needs = checked_whole("estimate", self._estimate(config), 0, 2**62)
+            needs = after_load(model, self._estimate)
         except Exception as error:  # then what was estimated before holds
-            _log().warning("what `%s` takes is not known: %s", config.path, error)
+            _log().warning("what `%s` takes is not known: %s", model.config.path, error)
         else:
             self._tell(lambda pool, now: pool.weighed(name, needs, now))
 
@@ -421,7 +419,7 @@ class Teller(threading.Thread):
         with self._beginning:
             self._watchers[watcher] = on_event
             if self.ident is None:
-                self.start()
+                begin(self)
         return lambda: self._watchers.pop(watcher, None)
 
     def tell(self, event: ModelEvent) -> None:

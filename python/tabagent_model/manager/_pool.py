@@ -12,7 +12,7 @@ becomes A A B, and A is loaded once. But after `PATIENCE` such times the room is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import count
@@ -33,8 +33,20 @@ Wish = Literal["use", "load", "swap", "unload"]
 
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
 
+Needs = Mapping[str, int]
+"""Bytes by device."""
+ANYWHERE = ""
+"""The device of bytes of which nobody says where they are needed: they count everywhere."""
+
 # As in the engine's own queue: whoever was passed over so often is next.
 PATIENCE = 8
+
+
+def taken(needs: Needs, device: str | None) -> int:
+    """On one device, or on all together."""
+    if device is None:
+        return sum(needs.values())
+    return needs.get(device, 0) + needs.get(ANYWHERE, 0)
 
 
 @dataclass(eq=False)
@@ -47,8 +59,8 @@ class Ticket:
     """Who asks: nobody can wait for what he holds himself."""
     grace_s: float = inf
     """How long those are waited for who use what has to leave."""
-    needs: int | None = None
-    """Bytes, if that was found out anew."""
+    needs: Needs | None = None
+    """If that was found out anew."""
     keep_alive_s: float | None = None
     """Of the model from then on, if that is wished."""
     number: int = 0
@@ -67,7 +79,7 @@ class Member:
     """A model that the pool knows by name."""
 
     name: str
-    needs: int = 0
+    needs: Needs = field(default_factory=dict)
     priority: Priority = "normal"
     keep_alive_s: float = inf
     is_pinned: bool = False
@@ -105,15 +117,23 @@ class Order(NamedTuple):
 
 
 class Pool:
-    """Models that share a number of places and of bytes."""
+    """Models that share a number of places, and of bytes: of all devices together, or of each."""
 
     def __init__(
-        self, max_loaded: float = inf, max_bytes: float = inf, queue_size: float = inf
+        self,
+        max_loaded: float = inf,
+        max_bytes: float | Needs = inf,
+        queue_size: float = inf,
     ) -> None:
         self.members: dict[str, Member] = {}
         self.default: str | None = None
         self.is_closed = False
-        self._max_loaded, self._max_bytes = max_loaded, max_bytes
+        self._max_loaded = max_loaded
+        self._budgets: dict[str | None, float] = {}
+        if isinstance(max_bytes, Mapping):
+            self._budgets.update(max_bytes)
+        else:
+            self._budgets[None] = max_bytes
         self._queue_size = queue_size
         self._waiting: dict[Ticket, None] = {}
         self._numbers = count(1)
@@ -168,7 +188,7 @@ class Pool:
             self._unload(member)
         return self._advance(now)
 
-    def weighed(self, name: str, needs: int, now: float) -> list[Order]:
+    def weighed(self, name: str, needs: Needs, now: float) -> list[Order]:
         """What a model really takes turned out after it was loaded."""
         self.members[name].needs = needs
         return self._advance(now)
@@ -416,14 +436,22 @@ class Pool:
     def _fits(self, member: Member, gone: Collection[Member] = ()) -> bool:
         stay = [other for other in self._present() if other is not member and other not in gone]
         is_crowded = bool(member.crowd) and member.crowd <= {other.name for other in stay}
-        num_bytes = sum(other.needs for other in stay) + member.needs
-        return not is_crowded and len(stay) < self._max_loaded and num_bytes <= self._max_bytes
+        return not is_crowded and len(stay) < self._max_loaded and not self._short(member, stay)
+
+    def _short(self, member: Member, stay: Iterable[Member]) -> list[str | None]:
+        """The budgets that a model and those who stay exceed together."""
+        together = [member, *stay]
+        return [
+            device
+            for device, budget in self._budgets.items()
+            if sum(taken(each.needs, device) for each in together) > budget
+        ]
 
     def _may_help(self, shortage: Exception) -> bool:
         """Whether unloading something could give the memory that was missing."""
         missing = getattr(shortage, "needed", 1) - getattr(shortage, "free", 0)
-        present = self._present()
-        return bool(present) and missing <= sum(member.needs for member in present)
+        device, present = getattr(shortage, "device", None), self._present()
+        return bool(present) and missing <= sum(taken(each.needs, device) for each in present)
 
     def _end_of(self, member: Member) -> float:
         """When a model has to be gone if nothing happens before."""
@@ -463,26 +491,29 @@ class Pool:
 
     def _no_room(self, member: Member) -> NoRoomError:
         stay = [other for other in self._present() if other is not member]
-        held = sum(other.needs for other in stay)
-        free = max(self._max_bytes - held, 0)
         pinned = [other for other in stay if other.is_pinned]
-        names = tuple(other.name for other in pinned)
-        raised = "raise `max_bytes`"
+        device = next(iter(self._short(member, stay)), None)
+        needed, budget = taken(member.needs, device), self._budgets.get(device, inf)
+        free = max(budget - sum(taken(other.needs, device) for other in stay), 0)
+        is_too_large, raised = needed > budget, "raise `max_bytes`"
         if member.shortage is not None:
             what, raised = str(getattr(member.shortage, "message", member.shortage)), "free memory"
             free = getattr(member.shortage, "free", free)
         elif len(stay) >= self._max_loaded:
             what, raised = f"all {self._max_loaded} places are taken", "raise `max_loaded`"
         else:
-            of = f"{size(free)} of the {size(self._max_bytes)} of `max_bytes`"
-            what = f"{of} are free" if stay else f"`max_bytes` is {size(self._max_bytes)}"
-        message = f"`{member.name}` needs {size(member.needs)}; {what}"
+            of = f"{size(free)} of the {size(budget)} of `max_bytes`"
+            what = f"{of} are free" if stay else f"`max_bytes` is {size(budget)}"
+        message = f"`{member.name}` needs {size(needed)}{f' on {device}' if device else ''}; {what}"
         hint = f"{raised}, or lower its `n_ctx` or `max_parallel`"
-        if pinned and member.needs <= self._max_bytes:
+        if pinned and not is_too_large:
             message += ", and what could leave is pinned: "
-            message += ", ".join(f"`{other.name}` ({size(other.needs)})" for other in pinned)
+            message += ", ".join(
+                f"`{other.name}` ({size(taken(other.needs, device))})" for other in pinned
+            )
             hint = f"`unpin` one of them, or {raised}"
-        facts = {"needed": member.needs, "free": None if free == inf else free, "pinned": names}
+        names = tuple(other.name for other in pinned)
+        facts = {"needed": needed, "free": None if free == inf else free, "pinned": names}
         return NoRoomError(message, hint=hint, **facts)
 
 

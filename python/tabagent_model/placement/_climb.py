@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +42,7 @@ def load(config: ModelConfig, progress: Callable[[float], bool]) -> tuple[Contex
             try:
                 return _opened(config, progress, climb, rung)
             except _MAY_BE_MEMORY as error:
-                climb.note(rung, error)
+                climb.note(rung, _as_shortage(error, climb.model))
 
 
 def _opened(
@@ -87,6 +89,15 @@ def _context_of(model: PyModel, config: ModelConfig, rung: Rung) -> Context:
         kv_type=estimate.kv_type,  # type: ignore[arg-type]
         warmup=config.warmup,
     )
+
+
+def _as_shortage(error: TabAgentModelError, model: str) -> TabAgentModelError:
+    """A file is not damaged because the system refused memory for it."""
+    said = error.message.partition("llama.cpp says: ")[2]
+    if os.strerror(errno.ENOMEM) not in said:
+        return error
+    hint = "close what is not needed, or raise the limit that `ulimit -a` shows"
+    return OutOfMemoryError(f"the system refuses memory for `{model}`: {said}", hint=hint)
 
 
 class _Climb:

@@ -82,6 +82,11 @@ class Estimate:
     def needed(self) -> int:
         return sum(share.needed for share in self.shares)
 
+    @property
+    def needs(self) -> dict[str, int]:
+        """What must be free on each device."""
+        return {share.device: share.needed for share in self.shares}
+
     def on(self, device: str) -> Share:
         found = (share for share in self.shares if share.device == device)
         return next(found, Share(device))
@@ -258,7 +263,8 @@ class _Estimating:
         if found is None:
             return wished[0], "f16" if wished[1] == "auto" else wished[1]
         work, choices, built_in = found
-        return _attention.choose(work, choices, built_in, may_measure=may_measure)
+        module = self.machine.cpu.module
+        return _attention.choose(work, choices, built_in, may_measure=may_measure, module=module)
 
     def _kv(self, place: int, estimate: Estimate) -> int:
         cells = _padded(estimate.n_ctx) * estimate.max_parallel

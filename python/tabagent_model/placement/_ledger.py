@@ -3,6 +3,9 @@
 It keeps no account of who has left: it looks who is there. A load reserves its estimate before it
 begins, so that two loads at a time do not count on the same memory; when the model is there, what
 llama.cpp really allocated counts instead.
+
+A worker has a ledger of its own, with its one model. It is asked what that holds, and before it
+loads it asks for what the model will need (`promise`): this ledger decides.
 """
 
 from __future__ import annotations
@@ -10,12 +13,12 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .. import _core, hardware
+from .. import _core, _native, hardware
 from ..errors import OutOfMemoryError
 from ..hardware import Gpu, Machine, Memory, shown
 from ._estimate import Estimate, Share
@@ -27,12 +30,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class WorkerMemory:
+    """The process of its own that a model lives in, in bytes; None: nobody knows."""
+
+    pid: int
+    resident: int | None
+    """What it has in main memory, mapped pages of files included."""
+    private: int | None
+    """The part of it that is its own."""
+
+
+@dataclass(frozen=True)
 class ModelMemory:
     """What one loaded model holds, device by device."""
 
     model: str
     path: str
     shares: tuple[Share, ...]
+    worker: WorkerMemory | None = None
+    """With `isolation="process"`."""
+
+    @property
+    def needs(self) -> dict[str, int]:
+        """What had to be free on each device."""
+        return {share.device: share.needed for share in self.shares}
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,9 @@ class MemoryReport:
             for device in self.devices
         ]
         for model in self.models:
+            if (worker := model.worker) is not None:
+                pages = f"{shown(worker.private)} of its own, {shown(worker.resident)} resident"
+                lines.append(f"  {model.model} in process {worker.pid}: {pages}")
             for share in model.shares:
                 lines.append(
                     f"  {model.model} on {share.device}: weights {shown(share.weights)}"
@@ -77,9 +101,24 @@ class MemoryReport:
         return "\n".join(lines)
 
 
+class Holder(Protocol):
+    """Who holds memory as long as it is loaded: a model here, or a worker."""
+
+    @property
+    def is_loaded(self) -> bool: ...
+
+
+class Lodger(Protocol):
+    """What the ledger knows of one."""
+
+    def memory(self) -> ModelMemory: ...
+    def machine(self) -> Machine | None:
+        """As it is seen from there, if llama.cpp runs there and not here."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A loaded model: how it was placed, and what was tried before."""
+    """A model in this process: how it was placed, and what was tried before."""
 
     model: str
     path: str
@@ -87,6 +126,12 @@ class Entry:
     reason: str
     failed: tuple[str, ...]
     context: weakref.ref[Any] | None
+
+    def memory(self) -> ModelMemory:
+        return ModelMemory(self.model, self.path, self.shares())
+
+    def machine(self) -> None:
+        return None
 
     def shares(self) -> tuple[Share, ...]:
         """As llama.cpp allocated them; as estimated, where it has no context to ask."""
@@ -128,8 +173,9 @@ class Ledger:
     def __init__(self, detect: Callable[[], Machine] = hardware.detect) -> None:
         self._detect = detect
         self._lock = threading.RLock()
-        self._entries: weakref.WeakKeyDictionary[Any, Entry] = weakref.WeakKeyDictionary()
-        self._reserved: dict[int, Estimate] = {}
+        self._entries: weakref.WeakKeyDictionary[Any, Lodger] = weakref.WeakKeyDictionary()
+        self._reserved: dict[object, Mapping[str, int]] = {}
+        self.elsewhere: Elsewhere = lambda needs, beside: None
 
     def disown(self) -> None:
         """In a forked child: the models are the parent's, and so is who held the lock."""
@@ -137,42 +183,74 @@ class Ledger:
         self._entries = weakref.WeakKeyDictionary()
         self._reserved = {}
 
-    def enter(self, native: PyModel, entry: Entry) -> None:
+    def enter(self, holder: Holder, entry: Lodger) -> None:
         with self._lock:
-            self._entries[native] = entry
+            self._entries[holder] = entry
 
-    def entry_of(self, native: object) -> Entry | None:
+    def entry_of(self, holder: object) -> Lodger | None:
         try:
-            return self._entries.get(native)
+            return self._entries.get(holder)
         except TypeError:  # of a stand-in that cannot be referred to weakly
             return None
 
+    @property
+    def can_detect(self) -> bool:
+        """Without starting llama.cpp in this process."""
+        return _native.is_started() or bool(self._lodgers())
+
+    def detected(self) -> Machine:
+        """This machine. Where llama.cpp runs in workers only, one of them looks: started here it
+        would take a GPU's memory, and could take this process along."""
+        if not _native.is_started():
+            for entry in self._lodgers():
+                if (machine := entry.machine()) is not None:
+                    return machine
+        return self._detect()
+
     def machine(self) -> Machine:
         """This machine, without what loads under way have reserved."""
+        return self.without_reserved(self.detected())
+
+    def without_reserved(self, machine: Machine) -> Machine:
         with self._lock:
-            machine, reserved = self._detect(), dict(self._reserved)
-        for estimate in reserved.values():
-            machine = _without(machine, estimate)
-        return machine
+            return _without(machine, _sum(self._reserved.values()))
 
     @contextmanager
     def reserved(self, choose: Callable[[Machine], Rung]) -> Iterator[Rung]:
         """Choose by what is free, and hold that until the load has ended, one way or the other."""
         with self._lock:
             rung = choose(self.machine())
-            self._reserved[id(rung)] = rung.estimate
+            while others := self.elsewhere(rung.estimate.needs, self._reserved.get(_OTHERS, {})):
+                self._reserved[_OTHERS] = others
+                rung = choose(self.machine())
+            self._reserved[id(rung)] = rung.estimate.needs
         try:
             yield rung
         finally:
-            with self._lock:
-                self._reserved.pop(id(rung), None)
+            self.release(id(rung))
+
+    def promise(
+        self, load: object, needs: Mapping[str, int], beside: Mapping[str, int]
+    ) -> dict[str, int] | None:
+        """Reserve for a load in a worker, until `release`. It chose its needs `beside` what it
+        knew of others; if those have reserved more by now, they are told, and nothing is reserved.
+        """
+        with self._lock:
+            others = _sum(held for key, held in self._reserved.items() if key != load)
+            if any(size > beside.get(device, 0) for device, size in others.items()):
+                return others
+            self._reserved[load] = needs
+            return None
+
+    def release(self, load: object) -> None:
+        with self._lock:
+            self._reserved.pop(load, None)
 
     def memory(self) -> MemoryReport:
         """Who holds what, now."""
+        models, machine = self._models(), self.detected()
         with self._lock:
-            machine, reserved = self._detect(), list(self._reserved.values())
-            loaded = [entry for native, entry in self._entries.items() if native.is_loaded]
-        models = tuple(ModelMemory(each.model, each.path, each.shares()) for each in loaded)
+            reserved = _sum(self._reserved.values())
         names = ["cpu", *(gpu.device for gpu in machine.usable_gpus if gpu.device)]
         devices = tuple(_device(name, machine, models, reserved) for name in names)
         return MemoryReport(models, devices)
@@ -181,7 +259,7 @@ class Ledger:
         """What unloading each model would free there, most first."""
         freed = {
             model.model: share.own
-            for model in self.memory().models
+            for model in self._models()
             for share in model.shares
             if share.device == device and share.own
         }
@@ -195,20 +273,30 @@ class Ledger:
             f"`{model}` with {first.estimate.max_parallel} x {first.estimate.n_ctx} tokens of"
             f" context needs {shown(needed)} on {device}, but {shown(free)} is free"
         )
-        freed = self.unloading(device)
-        if freed:
-            told = (f"unloading `{name}` would free {shown(size)}" for name, size in freed.items())
-            message += "; " + ", ".join(list(told)[:3])
         hint = "lower `n_ctx` or `max_parallel`, or take a smaller model or quantization"
-        return OutOfMemoryError(
-            message,
-            hint=hint,
-            needed=needed,
-            free=free,
-            device=device,
-            rungs=tuple(rung.told for rung in rungs),
-            unloading=freed,
-        )
+        told = tuple(rung.told for rung in rungs)
+        facts = {"needed": needed, "free": free, "device": device, "rungs": told}
+        return self.with_unloading(OutOfMemoryError(message, hint=hint, **facts))
+
+    def with_unloading(self, refusal: OutOfMemoryError) -> OutOfMemoryError:
+        """A refusal, which may be a worker's, with what other models hold where it was short."""
+        freed = self.unloading(refusal.device)
+        told = [f"unloading `{name}` would free {shown(size)}" for name, size in freed.items()]
+        message = "; ".join([refusal.message, ", ".join(told[:3])] if told else [refusal.message])
+        facts = {**refusal._facts, "unloading": freed}
+        return OutOfMemoryError(message, hint=refusal.hint, **facts)
+
+    def _models(self) -> tuple[ModelMemory, ...]:
+        return tuple(entry.memory() for entry in self._lodgers())
+
+    def _lodgers(self) -> list[Lodger]:
+        with self._lock:
+            return [entry for holder, entry in self._entries.items() if holder.is_loaded]
+
+
+Elsewhere = Callable[[Mapping[str, int], Mapping[str, int]], Mapping[str, int] | None]
+"""In a worker, its parent's `promise`."""
+_OTHERS = "reserved by others, as the parent told"
 
 
 LEDGER = Ledger()
@@ -234,9 +322,18 @@ def entered(
     LEDGER.enter(native, entry)
 
 
-def _without(machine: Machine, estimate: Estimate) -> Machine:
+def _sum(reservations: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """By device."""
+    found: dict[str, int] = {}
+    for needs in reservations:
+        for device, size in needs.items():
+            found[device] = found.get(device, 0) + size
+    return found
+
+
+def _without(machine: Machine, reserved: Mapping[str, int]) -> Machine:
     def less(free: int | None, device: str) -> int | None:
-        return None if free is None else max(0, free - estimate.on(device).needed)
+        return None if free is None else max(0, free - reserved.get(device, 0))
 
     memory = replace(machine.memory, available=less(machine.memory.available, "cpu"))
 
@@ -247,30 +344,29 @@ def _without(machine: Machine, estimate: Estimate) -> Machine:
 
 
 def _device(
-    device: str, machine: Machine, models: Sequence[ModelMemory], reserved: Sequence[Estimate]
+    device: str, machine: Machine, models: Sequence[ModelMemory], reserved: Mapping[str, int]
 ) -> DeviceMemory:
     held = sum(s.own for model in models for s in model.shares if s.device == device)
-    promised = sum(estimate.on(device).needed for estimate in reserved)
-    free = machine.free_on(device)
+    free, workers = machine.free_on(device), [m.worker for m in models if m.worker is not None]
     if device == "cpu":
         total = _total_of(machine.memory)
-        ours = _core.memory_info()["private"]
+        ours = [_core.memory_info()["private"], *(worker.private for worker in workers)]
         others = None
-        if total is not None and free is not None and ours is not None:
-            others = max(0, total - free - ours)
+        if total is not None and free is not None and None not in ours:
+            others = max(0, total - free - sum(each or 0 for each in ours))
     else:
         gpu = next(gpu for gpu in machine.gpus if gpu.device == device)
-        total, others = gpu.total, _of_others(gpu, held)
-    return DeviceMemory(device, total, free, held, promised, others)
+        pids = {os.getpid(), *(worker.pid for worker in workers)}
+        total, others = gpu.total, _of_others(gpu, held, pids)
+    return DeviceMemory(device, total, free, held, reserved.get(device, 0), others)
 
 
 def _total_of(memory: Memory) -> int | None:
     return min((each for each in (memory.total, memory.limit) if each is not None), default=None)
 
 
-def _of_others(gpu: Gpu, ours: int) -> int | None:
+def _of_others(gpu: Gpu, ours: int, pids: Collection[int]) -> int | None:
     """By process where the driver tells, else all that is used but for what our models hold."""
-    pid = os.getpid()
     if gpu.processes and all(each.used is not None for each in gpu.processes):
-        return sum(each.used or 0 for each in gpu.processes if each.pid != pid)
+        return sum(each.used or 0 for each in gpu.processes if each.pid not in pids)
     return None if gpu.used is None else max(0, gpu.used - ours)

@@ -226,7 +226,7 @@ pub(super) fn on_a_large_stack<T: Send>(work: impl FnOnce() -> Result<T> + Send)
             .name("tabagent-template".into())
             .stack_size(STACK)
             .spawn_scoped(scope, work)
-            .map_err(|error| Error::internal(format!("no thread to render on: {error}")))?;
+            .map_err(|error| Error::exhausted(format!("a thread to render on: {error}")))?;
         worker.join().unwrap_or_else(|_| Err(Error::internal("rendering panicked")))
     })
 }

@@ -67,7 +67,10 @@ impl Guidance {
             .name("tabagent-grammar".into())
             .stack_size(STACK)
             .spawn(compiling)
-            .map_err(|error| Error::internal(format!("no thread to compile on: {error}")))?;
+            .map_err(|error| {
+                self.num_compiling.fetch_sub(1, Ordering::Relaxed);
+                Error::exhausted(format!("a thread to compile on: {error}"))
+            })?;
         let slow = || Error::grammar(syntax.name(), "it takes too long to compile", None);
         match receiver.recv_timeout(LONGEST) {
             Ok(matcher) if matcher.is_error() => Err(refusal(syntax, &matcher)),

@@ -157,7 +157,7 @@ impl Context {
                 scheduler.run();
                 outbox.close();
             })
-            .map_err(|error| Error::internal(format!("no thread for the context: {error}")))?;
+            .map_err(|error| Error::exhausted(format!("a thread for the context: {error}")))?;
         Ok(Context {
             model: Weak::new(),
             commands: Mutex::new(sender),

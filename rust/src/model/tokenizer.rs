@@ -124,7 +124,7 @@ impl Vocabulary {
             let worker = std::thread::Builder::new()
                 .stack_size(stack)
                 .spawn_scoped(scope, || self.tokenize_here(text, add_bos, special))
-                .map_err(|error| Error::internal(format!("no thread to tokenize on: {error}")))?;
+                .map_err(|error| Error::exhausted(format!("a thread to tokenize on: {error}")))?;
             worker.join().unwrap_or_else(|_| Err(Error::internal("the tokenizer panicked")))
         })
     }

@@ -26,6 +26,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
             facts.set_item("free", free)?;
             "OutOfMemoryError"
         }
+        Error::Exhausted { .. } => "OutOfMemoryError",
         Error::ContextCreation { .. } => "ContextTooSmallError",
         Error::InvalidRequest { name, .. } => {
             facts.set_item("name", name)?;
