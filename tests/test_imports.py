@@ -91,7 +91,8 @@ MAY_IMPORT = {
     },
     "manager/_needs": {
         *("._pool", "_loading", "errors", "hardware", "isolation.remote", "model", "params"),
-        *("placement", "placement._ledger"),  # hardware and the model for type checkers only
+        # hardware, the model and the share for type checkers only
+        *("placement", "placement._estimate", "placement._ledger"),
     },
     "manager/_keeper": {
         *("._needs", "._pool", "._snapshots", "_courier", "_loading", "errors", "model"),

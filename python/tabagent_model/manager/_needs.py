@@ -1,8 +1,12 @@
-"""What models take, for a manager: as estimated before a load, as allocated after it."""
+"""What models take, for a manager: as estimated before a load, as allocated after it.
+
+Mapped pages count. They need not be free for a load, but a budget whose models push each other's
+weights out of the memory is none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._loading import memory_of
@@ -13,6 +17,7 @@ from ._pool import ANYWHERE, Needs
 if TYPE_CHECKING:
     from ..hardware import Machine
     from ..model import _Base
+    from ..placement._estimate import Share
 
 Estimate = Callable[[ModelConfig], int | Mapping[str, int]]
 """Bytes, of all devices together or by device, as a user's function tells them."""
@@ -26,7 +31,7 @@ def before_load(config: ModelConfig, estimate: Estimate | None) -> Needs:
         return {}
     from .. import placement
 
-    return placement.estimate(config, machine=_machine(config)).needs
+    return _taken(placement.estimate(config, machine=_machine(config)).shares)
 
 
 def after_load(model: _Base, estimate: Estimate | None) -> Needs:
@@ -34,12 +39,16 @@ def after_load(model: _Base, estimate: Estimate | None) -> Needs:
     config, context = model.config, model._context
     if estimate is None:
         found = memory_of(model._native)
-        return {} if found is None else found.needs
+        return {} if found is None else _taken(found.shares)
     if context is not None:
         config = config.with_fields(
             n_ctx=context.n_ctx, max_parallel=context.n_seq_max, kv_type=context.kv_type
         )
     return checked_needs("estimate", estimate(config))
+
+
+def _taken(shares: Iterable[Share]) -> Needs:
+    return {share.device: share.needed + share.mapped for share in shares}
 
 
 def checked_needs(name: str, given: Any) -> Needs:
