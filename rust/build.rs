@@ -9,16 +9,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = PathBuf::from(env::var("DEP_LLAMA_ROOT")?);
     let backends = PathBuf::from(env::var("DEP_LLAMA_BACKENDS_DIR")?);
     let libraries = out.join("lib");
+    let llama = llama_source(&root)?;
     collect_libraries(&root, &backends, &libraries)?;
-    compile_shim(&llama_source(&root)?);
+    collect_cmake(&out.join("cmake"))?;
+    compile_shim(&llama);
 
     // Tests load the CPU modules from here; the package loads them from its own folder.
     println!("cargo:rustc-env=TABAGENT_BUILT_LIBRARIES={}", libraries.display());
+    println!("cargo:rustc-env=TABAGENT_ENGINE={}", engine(&llama)?);
     println!("cargo:rustc-link-search=native={}", libraries.display());
     if env::var("CARGO_CFG_TARGET_OS")? == "linux" {
         println!("cargo:rustc-link-arg-cdylib=-Wl,-rpath,$ORIGIN/lib,--enable-new-dtags");
     }
     println!("cargo:rerun-if-changed=rust/build.rs");
+    println!("cargo:rerun-if-changed=rust/cmake");
     println!("cargo:rerun-if-changed=rust/shim");
     Ok(())
 }
@@ -45,6 +49,36 @@ fn collect_libraries(root: &Path, backends: &Path, to: &Path) -> io::Result<()> 
         }
     }
     Ok(())
+}
+
+/// What `tabagent-model build-backend` needs to build one more backend like these.
+fn collect_cmake(to: &Path) -> io::Result<()> {
+    fs::create_dir_all(to)?;
+    for name in ["backend.cmake", "gcc_amx.h", "llama.cmake"] {
+        fs::copy(Path::new("rust/cmake").join(name), to.join(name))?;
+    }
+    Ok(())
+}
+
+/// What a backend must be built from to be loaded beside these libraries; `engine_of` in
+/// python/tabagent_model/backends/_build.py says the same of a folder with sources.
+fn engine(llama: &Path) -> Result<String, Box<dyn std::error::Error>> {
+    let package = llama.parent().ok_or("llama.cpp lies nowhere")?;
+    let found = |file: PathBuf, before: &str, after: char| {
+        let text = fs::read_to_string(&file).ok()?;
+        let rest = &text[text.find(before)? + before.len()..];
+        Some(rest[..rest.find(after)?].trim().to_owned())
+    };
+    let version = found(package.join("Cargo.toml"), "\nversion = \"", '"');
+    let commit = found(package.join(".cargo_vcs_info.json"), "\"sha1\": \"", '"');
+    let interface =
+        found(llama.join("ggml/src/ggml-backend-impl.h"), "#define GGML_BACKEND_API_VERSION", '\n');
+    Ok(format!(
+        "llama-cpp-sys-2 {} ({:.12}), backend API {}",
+        version.ok_or("llama-cpp-sys-2 does not tell its version")?,
+        commit.as_deref().unwrap_or("unknown"),
+        interface.ok_or("ggml does not tell the version of its backend API")?,
+    ))
 }
 
 /// `common/` and `vendor/` are not installed, and no variable names them: CMake's cache does.

@@ -4,12 +4,14 @@ Everything here is callable from any thread; whatever takes time lets go of the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, TypedDict, final, type_check_only
 
 from typing_extensions import Self
 
 __all__ = [
+    "ENGINE",
     "LLAMA_CPP_VERSION",
     "ChatParser",
     "ChatPrompt",
@@ -27,9 +29,11 @@ __all__ = [
     "inspect_gguf",
     "keep_last_line",
     "list_devices",
+    "load_gpu_backend",
     "measure_attention",
     "memory_info",
     "probe_cpu_module",
+    "probe_gpu_backend",
     "process_rss_mb",
     "put_log",
     "start",
@@ -39,6 +43,8 @@ __all__ = [
 ]
 __version__: str
 LLAMA_CPP_VERSION: str
+ENGINE: str
+"""What a backend must have been built from to be loaded: crate, commit and backend API."""
 
 @final
 class PyModel:
@@ -374,6 +380,13 @@ def cpu_modules(folder: str) -> list[tuple[str, int]]:
 
 def probe_cpu_module(folder: str, module: str) -> None:
     """Multiply a matrix of each weight type on that module; for a throw-away child process."""
+
+def load_gpu_backend(library: str | PathLike[str]) -> list[str]:
+    """Load one more backend for good, and name the devices that it brought. `start` comes first,
+    and the library must have been built from what `ENGINE` names."""
+
+def probe_gpu_backend(library: str | PathLike[str]) -> None:
+    """Load it and multiply on each of its devices; for a throw-away child process."""
 
 def measure_attention(
     head_dim: int, n_head: int, n_head_kv: int, n_ctx: int, n_threads: int

@@ -1,7 +1,8 @@
-// Proves a CPU module: a small matrix product of each weight type, in each kind of buffer.
+// Proves a backend: a small matrix product of each weight type, in each kind of buffer.
 //
 // Some compilers build modules that die at the first prompt, and some virtual machines announce
-// instructions that they do not run. A child process that survives this has run the kernels.
+// instructions that they do not run; a GPU may be older than all that its backend was compiled for. A child
+// process that survives this has run the kernels.
 #include "cpu.h"
 #include "guard.h"
 
@@ -85,6 +86,23 @@ std::vector<ggml_backend_buffer_type_t> extra_buffer_types(ggml_backend_dev_t de
     return found;
 }
 
+// Multiplies on a device with each type of weights, one column at a time and many.
+void prove(ggml_backend_dev_t device) {
+    Owned<ggml_backend> backend(ggml_backend_dev_init(device, nullptr));
+    if (!backend) {
+        throw std::runtime_error(std::string(ggml_backend_dev_name(device)) + " does not start");
+    }
+    std::vector<ggml_backend_buffer_type_t> buffer_types = extra_buffer_types(device);
+    buffer_types.insert(buffer_types.begin(), ggml_backend_dev_buffer_type(device));
+    for (ggml_backend_buffer_type_t buffer_type : buffer_types) {
+        for (ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0,
+                               GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K}) {
+            multiply(backend.get(), buffer_type, type, 1);
+            multiply(backend.get(), buffer_type, type, 32);
+        }
+    }
+}
+
 // Whether the device multiplies with a matrix of this type in such a buffer, and how large it is there.
 double relaid_in(ggml_backend_dev_t device, ggml_backend_buffer_type_t buffer_type, ggml_type type) {
     Owned<ggml_context>        context(ggml_init({ggml_tensor_overhead() * 3, nullptr, true}));
@@ -120,19 +138,25 @@ int ta_relaid(int32_t type, double * factor, ta_error * error) noexcept {
 int ta_probe_cpu(ta_error * error) noexcept {
     return ta_guard(error, [&] {
         ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-        Owned<ggml_backend> backend(device ? ggml_backend_dev_init(device, nullptr) : nullptr);
-        if (!backend) {
+        if (!device) {
             return ta_fail(error, TA_REFUSED, "the module registers no CPU device");
         }
-        std::vector<ggml_backend_buffer_type_t> buffer_types = extra_buffer_types(device);
-        buffer_types.insert(buffer_types.begin(), ggml_backend_dev_buffer_type(device));
-        for (ggml_backend_buffer_type_t buffer_type : buffer_types) {
-            for (ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0,
-                                   GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K}) {
-                multiply(backend.get(), buffer_type, type, 1);
-                multiply(backend.get(), buffer_type, type, 32);
+        prove(device);
+        return int(TA_OK);
+    });
+}
+
+int ta_probe_gpus(ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        size_t found = 0;
+        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+            ggml_backend_dev_t device = ggml_backend_dev_get(i);
+            const auto         type   = ggml_backend_dev_type(device);
+            if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) {
+                prove(device);
+                ++found;
             }
         }
-        return int(TA_OK);
+        return found ? int(TA_OK) : ta_fail(error, TA_REFUSED, "the backend finds no GPU here");
     });
 }

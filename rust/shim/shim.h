@@ -207,6 +207,8 @@ int ta_backend_load(const char * path, ta_error * error) TA_NOEXCEPT;
 // Multiplies a small matrix of each weight type on the CPU module that is loaded, in every kind of
 // buffer that it offers. It dies where the module does: for a throw-away child process.
 int ta_probe_cpu(ta_error * error) TA_NOEXCEPT;
+// The same on each GPU of the backends that are loaded; refuses where they find none.
+int ta_probe_gpus(ta_error * error) TA_NOEXCEPT;
 
 // Into how many bytes the CPU module that is loaded lays a byte of weights of this type out anew; 0
 // where it leaves them as they are.

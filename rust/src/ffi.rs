@@ -319,6 +319,7 @@ unsafe extern "C" {
     fn ta_backend_load(path: *const c_char, error: *mut ShimError) -> c_int;
     fn ta_relaid(kind: i32, factor: *mut f64, error: *mut ShimError) -> c_int;
     fn ta_probe_cpu(error: *mut ShimError) -> c_int;
+    fn ta_probe_gpus(error: *mut ShimError) -> c_int;
     pub(crate) fn ta_samplers_apply(
         vocab: *const llama_vocab,
         samplers: *const ShimSampler,
@@ -373,6 +374,11 @@ pub(crate) fn load_backend(path: &CStr) -> Result<()> {
 pub(crate) fn probe_cpu() -> Result<()> {
     // SAFETY: no arguments of ours.
     call(|error| unsafe { ta_probe_cpu(error) }).map(drop)
+}
+
+pub(crate) fn probe_gpus() -> Result<()> {
+    // SAFETY: no arguments of ours.
+    call_or(|what| Error::Hardware { what }, |error| unsafe { ta_probe_gpus(error) }).map(drop)
 }
 
 /// # Safety

@@ -74,6 +74,12 @@ pub fn note(level: Level, line: impl Into<String>) {
     push(level, line.into());
 }
 
+/// Back to llama.cpp's own way, on stderr: for a child process that may die before a line is read here.
+pub(crate) fn uninstall() {
+    // SAFETY: without a function it takes its own again.
+    unsafe { llama_cpp_sys_2::llama_log_set(None, std::ptr::null_mut()) };
+}
+
 /// From now on the first bytes of this open file are the last line, filled up with zeros.
 #[cfg(unix)]
 pub fn keep_last_line(descriptor: i32) -> std::io::Result<()> {

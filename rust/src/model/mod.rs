@@ -16,7 +16,9 @@ use crate::error::{Error, Result};
 use crate::gguf::Description;
 
 pub use load::{k_quants_stay, relaid_types};
-pub use start::{Device, backend_devices, probe, start};
+pub use start::{
+    Device, backend_devices, load_gpu_backend, probe, probe_gpu_backend, start,
+};
 pub use tokenizer::Vocabulary;
 
 pub struct Model {
@@ -194,6 +196,9 @@ pub fn return_free_memory() {
         unsafe { malloc_trim(0) };
     }
 }
+
+/// What a backend must have been built from to be loaded into this: rust/build.rs.
+pub const ENGINE: &str = env!("TABAGENT_ENGINE");
 
 /// The llama.cpp that this was built with.
 pub fn llama_version() -> String {

@@ -1,4 +1,5 @@
-//! llama.cpp's backend: one CPU module, loaded by path, once per process and never unloaded.
+//! llama.cpp's backends: one CPU module, and what else is asked for; loaded by path, once per process,
+//! and never unloaded.
 
 use std::ffi::{CStr, CString};
 use std::path::Path;
@@ -20,7 +21,9 @@ pub struct Device {
     /// `CPU`, `CUDA0`, …
     pub name: String,
     pub description: String,
+    /// llama.cpp puts layers on it.
     pub is_gpu: bool,
+    pub is_integrated: bool,
     /// Its place on the bus, `0000:c1:00.0`, where it has one.
     pub pci_id: Option<String>,
     /// What can be allocated on it, all and now; None where llama.cpp does not know.
@@ -50,11 +53,36 @@ pub fn probe(folder: &Path, module: &str) -> Result<()> {
     ffi::probe_cpu()
 }
 
+/// Loads one more backend, and says which devices it brought. What it was built from is the caller's
+/// to check before: a library runs code of its own as soon as it is opened.
+pub fn load_gpu_backend(library: &Path) -> Result<Vec<String>> {
+    let _one_at_a_time = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    backend()?;
+    let known = backend_devices().len();
+    load_library(library)?;
+    Ok(backend_devices().into_iter().skip(known).map(|device| device.name).collect())
+}
+
+/// Proves a GPU backend by use, like `probe`.
+pub fn probe_gpu_backend(library: &Path) -> Result<()> {
+    log::install();
+    load_library(library)?;
+    log::uninstall();
+    ffi::probe_gpus()
+}
+
 /// What llama.cpp can compute on, in its own order. It must have started; else there is nothing.
 pub fn backend_devices() -> Vec<Device> {
     // SAFETY: it only counts what is registered.
     let count = if BACKEND.get().is_some() { unsafe { sys::ggml_backend_dev_count() } } else { 0 };
-    (0..count).map(device).collect()
+    let mut devices: Vec<Device> = (0..count).map(device).collect();
+    // llama.cpp takes those that are part of a processor only where there are no others.
+    if devices.iter().any(|device| device.is_gpu && !device.is_integrated) {
+        for device in devices.iter_mut().filter(|device| device.is_integrated) {
+            device.is_gpu = false;
+        }
+    }
+    devices
 }
 
 fn device(index: usize) -> Device {
@@ -76,6 +104,7 @@ fn device(index: usize) -> Device {
         description: text(found.description).unwrap_or_default(),
         is_gpu: kind == sys::GGML_BACKEND_DEVICE_TYPE_GPU
             || kind == sys::GGML_BACKEND_DEVICE_TYPE_IGPU,
+        is_integrated: kind == sys::GGML_BACKEND_DEVICE_TYPE_IGPU,
         pci_id: text(found.device_id),
         memory: (total > 0).then_some((total, free)),
     }
@@ -86,12 +115,17 @@ pub(super) fn backend() -> Result<&'static LlamaBackend> {
 }
 
 fn load_module(folder: &Path, module: &str) -> Result<()> {
-    let module = modules::find(folder, module)?;
-    let no_backend = |found: String| Error::NoBackend { folder: folder.to_path_buf(), found };
-    let path = module.path.to_str().and_then(|path| CString::new(path).ok());
-    let path = path.ok_or_else(|| no_backend("a path that is not UTF-8".into()))?;
+    load_library(&modules::find(folder, module)?.path)
+}
+
+fn load_library(library: &Path) -> Result<()> {
+    let folder = library.parent().unwrap_or(library).to_path_buf();
+    let no_backend = |found: String| Error::NoBackend { folder, found };
+    let Some(path) = library.to_str().and_then(|path| CString::new(path).ok()) else {
+        return Err(no_backend("a path that is not UTF-8".into()));
+    };
     let (loaded, errors) = log::listen(|| ffi::load_backend(&path));
     loaded.map_err(|_| {
-        no_backend(format!("`{}` does not load: {}", module.path.display(), errors.join("; ")))
+        no_backend(format!("`{}` does not load: {}", library.display(), errors.join("; ")))
     })
 }

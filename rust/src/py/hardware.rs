@@ -1,6 +1,6 @@
 //! What this machine is and has, as plain values.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -121,6 +121,16 @@ pub(super) fn cpu_modules(py: Python<'_>, folder: &str) -> PyResult<Vec<(String,
 #[pyfunction]
 pub(super) fn probe_cpu_module(py: Python<'_>, folder: &str, module: &str) -> PyResult<()> {
     guarded(py, || core::probe(Path::new(folder), module))
+}
+
+#[pyfunction]
+pub(super) fn load_gpu_backend(py: Python<'_>, library: PathBuf) -> PyResult<Vec<String>> {
+    guarded(py, || core::load_gpu_backend(&library))
+}
+
+#[pyfunction]
+pub(super) fn probe_gpu_backend(py: Python<'_>, library: PathBuf) -> PyResult<()> {
+    guarded(py, || core::probe_gpu_backend(&library))
 }
 
 #[pyfunction]

@@ -30,7 +30,8 @@ mod _core {
     #[pymodule_export]
     use super::hardware::{
         cpu_modules, detect_cpu, detect_gpus, get_cpu_variant, get_optimal_binary, list_devices,
-        memory_info, probe_cpu_module, process_rss_mb, weight_layouts,
+        load_gpu_backend, memory_info, probe_cpu_module, probe_gpu_backend, process_rss_mb,
+        weight_layouts,
     };
     #[pymodule_export]
     use super::model::PyModel;
@@ -44,7 +45,8 @@ mod _core {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         log::install_panic_hook();
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
-        module.add("LLAMA_CPP_VERSION", core::llama_version())
+        module.add("LLAMA_CPP_VERSION", core::llama_version())?;
+        module.add("ENGINE", core::ENGINE)
     }
 }
 

@@ -133,8 +133,14 @@ impl PyModel {
     /// Where the weights lie: `cpu`, or the name of the GPU.
     #[getter]
     fn device(&self) -> PyResult<String> {
-        let on_gpu = self.model()?.gpu_layers() > 0;
-        let gpu = backend_devices().into_iter().find(|device| on_gpu && device.is_gpu);
+        let model = self.model()?;
+        // With several they are shared among all, of which the first stands for the rest.
+        let first = match model.config().split_mode {
+            SplitMode::None => model.config().main_gpu as usize,
+            SplitMode::Layer | SplitMode::Row => 0,
+        };
+        let on_gpu = model.gpu_layers() > 0;
+        let gpu = backend_devices().into_iter().filter(|device| on_gpu && device.is_gpu).nth(first);
         Ok(gpu.map_or_else(|| "cpu".into(), |device| device.name))
     }
 
