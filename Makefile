@@ -12,7 +12,7 @@ CARGO   := cargo --locked
 QUIETLY := -q --disable-pip-version-check
 PIP     := $(BIN)/python -m pip install $(QUIETLY)
 
-.PHONY: try test test-browser lint bench soak docs wheel clean
+.PHONY: try test test-browser lint bench soak docs wheel wheel-cuda clean
 
 try: $(VENV)/installed
 	@$(BIN)/python -m tabagent_model generate "What is the capital of France?"
@@ -52,6 +52,10 @@ docs:
 
 wheel: dist/built
 	@ls dist/*.whl
+
+# Needs a CUDA toolkit, but no card, and about 20 minutes of two cores for each architecture.
+wheel-cuda: $(VENV)/installed
+	$(BIN)/python scripts/cuda_wheel.py
 
 clean:
 	rm -rf $(VENV) dist

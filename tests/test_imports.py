@@ -31,7 +31,14 @@ MAY_IMPORT = {
     },
     "pin": {"_courier"},
     "_cache": set(),
-    "_native": {"_cache", "_core", "errors"},
+    "_trial": {"_core"},
+    "backends/_note": {"_cache", "_core"},
+    "backends/__init__": {"._note", "_cache", "_core", "_trial", "errors"},
+    "_native": {"_cache", "_core", "_trial", "backends", "errors"},
+    "backends/_tools": {"_core", "errors"},
+    "backends/_build": {
+        *("._note", "._tools", "_core", "_native", "_trial", "backends", "errors"),
+    },
     "_attention": {"_cache", "_native", "errors"},
     "_log": {"_core", "_courier"},
     "_courier": {"errors", "results", "schema"},  # the schema for type checkers only
@@ -39,7 +46,7 @@ MAY_IMPORT = {
     "_options": {"_prompt", "errors", "schema", "tools"},
     "stream": {"_courier", "errors", "results", "schema"},  # the schema for type checkers only
     "_crowd": {"_courier", "errors", "results", "stream"},
-    "hardware": {"_native", "errors"},
+    "hardware": {"_native", "backends", "errors"},  # the backends for type checkers only
     "placement/_estimate": {"_attention", "_core", "errors", "hardware", "params"},
     "placement/__init__": {"._estimate", "_core", "errors", "hardware", "params"},
     "advice": {"errors", "hardware", "params"},

@@ -135,6 +135,8 @@ def test_two_cards_share_a_model_by_their_free_memory(climb):
         ({"split_mode": "none", "main_gpu": 1}, ("CUDA1",), {"split_mode": "none", "main_gpu": 1}),
         ({"device": "cuda:1"}, ("CUDA1",), {"split_mode": "none", "main_gpu": 1}),
         ({"tensor_split": [3, 1]}, ("CUDA0", "CUDA1"), {"tensor_split": [3.0, 1.0]}),
+        ({"tensor_split": [1]}, ("CUDA0", "CUDA1"), {"tensor_split": [1.0, 0.0]}),
+        ({"tensor_split": [0, 1]}, ("CUDA0", "CUDA1"), {"tensor_split": [0.0, 1.0]}),
         ({"split_mode": "row"}, ("CUDA0", "CUDA1"), {"split_mode": "row"}),
         ({"device": "cpu"}, ("cpu",), {"gpu_layers": 0}),
         ({"gpu_layers": 0}, ("cpu",), {"gpu_layers": 0}),
@@ -176,6 +178,19 @@ def test_more_sequences_are_taken_only_as_memory_suggests(climb):
         (CARD_6, {"main_gpu": 1}, InvalidRequestError, "`main_gpu` must be below 1"),
         (TWO_CARDS, {"main_gpu": 9}, InvalidRequestError, "`main_gpu` must be below 2"),
         (CARD_6, {"tensor_split": [1, 1]}, InvalidRequestError, "has 2 entries, and 1 GPUs"),
+        (
+            TWO_CARDS,
+            {"device": "cuda:0", "tensor_split": [1, 1]},
+            InvalidRequestError,
+            "has 2 entries, and 1 GPUs",
+        ),
+        (TWO_CARDS, {"tensor_split": [1, 1, 1]}, InvalidRequestError, "3 entries, and 2 GPUs"),
+        (
+            TWO_CARDS,
+            {"split_mode": "none", "main_gpu": 2},
+            InvalidRequestError,
+            "`main_gpu` must be below 2",
+        ),
     ],
 )
 def test_what_is_not_there_is_refused_by_name(climb, machine, fields, kind, message):

@@ -17,6 +17,7 @@ from .chat import AsyncSession, Session
 from .errors import (
     BackendError,
     BinaryNotFoundError,
+    BuildError,
     ContextLimitExceededError,
     ContextTooSmallError,
     ForkedProcessError,
@@ -122,6 +123,7 @@ __all__ = [
     "AsyncTextStream",
     "BackendError",
     "BinaryNotFoundError",
+    "BuildError",
     "ChatCompletion",
     "ChatDelta",
     "ChatStream",

@@ -1,4 +1,4 @@
-"""On the terminal: `tabagent-model generate "a question"`, `serve`, and `doctor`."""
+"""On the terminal: `tabagent-model generate "a question"`, `serve`, `doctor`, `build-backend`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from . import Model, TabAgentModelError, _native
+from .backends import _build
 from .serve import listen
 
 if TYPE_CHECKING:
@@ -26,12 +27,16 @@ def main() -> int:
     listen.add_arguments(serve)
     examine = commands.add_parser("doctor", help="say what this installation runs on")
     examine.add_argument("model", nargs="?", help="a GGUF file: say also what it would take here")
+    build = commands.add_parser("build-backend", help="compile what computes on this machine's GPU")
+    _build.add_arguments(build)
     asked = parser.parse_args()
     try:
         if asked.command == "doctor":
             doctor(asked.model)
         elif asked.command == "serve":
             return listen.run(asked)
+        elif asked.command == "build-backend":
+            return _build.run(asked)
         else:
             prompt = sys.stdin.read() if asked.prompt == "-" else asked.prompt
             answer(asked.model, prompt, asked.max_tokens, asked.temperature)
@@ -77,6 +82,9 @@ def doctor(model: str | None = None) -> None:
         facts["died in a trial"] = ", ".join(dead)
     for number, gpu in enumerate(machine.gpus):
         facts[f"GPU {number}"] = gpu_line(gpu)
+    for backend in _native.gpu_backends():
+        verdict = backend.refused or f"in use for {', '.join(backend.devices)}"
+        facts[f"{backend.kind} backend"] = f"{backend.library}: {verdict}"
     if machine.reason:
         facts["no GPU in use"] = machine.reason
     for name, fact in facts.items():

@@ -9,13 +9,14 @@ a module dies. `TABAGENT_CPU_VARIANT` names a module and skips all that.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from logging import Logger
+
+    from .backends import Backend
 
 # libggml installs a terminate handler at load that would start a debugger from a dying process.
 _was_set = os.environ.get("GGML_NO_BACKTRACE")
@@ -33,20 +34,23 @@ from .errors import BackendError, InvalidRequestError  # noqa: E402
 
 core = _core
 LIBRARIES = Path(__file__).parent / "lib"
-PROBE_SECONDS = 30
 
 _starting = threading.Lock()
 _module: str | None = None
+_gpu_backends: tuple[Backend, ...] = ()
 
 
 def start() -> str:
-    """Load the CPU module and start llama.cpp, once; the name of the module."""
-    global _module
+    """Load the CPU module and a GPU backend, and start llama.cpp, once; the name of the module."""
+    global _module, _gpu_backends
     with _starting:
         if _module is None:
+            from . import backends  # its reasons for not loading one are of no use to an import
+
             name = choose()
-            core.start(str(LIBRARIES), name)
+            core.start(str(backends.built_cpu_module(name, machine()) or LIBRARIES), name)
             _log().info("llama.cpp %s with the CPU module %s", core.LLAMA_CPP_VERSION, name)
+            _gpu_backends = backends.load()
             _module = name
         return _module
 
@@ -54,6 +58,12 @@ def start() -> str:
 def is_started() -> bool:
     """Whether llama.cpp runs in this process."""
     return _module is not None
+
+
+def gpu_backends() -> tuple[Backend, ...]:
+    """Those that lie here: the one that is loaded, and why the others are not."""
+    start()
+    return _gpu_backends
 
 
 def choose() -> str:
@@ -126,42 +136,13 @@ class _Verdicts:
 
 def _try_module(name: str) -> tuple[bool, bool]:
     """Let a child process compute with a module: whether it survives, and is that certain."""
-    import signal
-    import subprocess
+    from . import _trial
 
-    if not sys.executable:
-        _log().warning("no Python to try the CPU module %s with; taking it untried", name)
-        return True, False
-    # The extension is loaded by its path, so that the trial runs nothing but the module.
-    program = (
-        "import importlib.machinery, importlib.util, sys;"
-        "loader = importlib.machinery.ExtensionFileLoader('_core', sys.argv[1]);"
-        "spec = importlib.util.spec_from_file_location('_core', sys.argv[1], loader=loader);"
-        "core = importlib.util.module_from_spec(spec); loader.exec_module(core);"
-        "core.probe_cpu_module(sys.argv[2], sys.argv[3])"
-    )
-    command = [sys.executable, "-I", "-c", program, str(core.__file__), str(LIBRARIES), name]
-    try:
-        tried = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=PROBE_SECONDS,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-            check=False,
-            start_new_session=True,  # Ctrl-C on the terminal is no verdict
-        )
-    except OSError as error:
-        _log().warning("the CPU module %s cannot be tried (%s); taking it untried", name, error)
-        return True, False
-    except subprocess.TimeoutExpired:
-        _log().warning("the trial of the CPU module %s took over %d s", name, PROBE_SECONDS)
-        return False, False
-    if tried.returncode:
-        last = tried.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        _log().warning("the trial of %s ended with %s: %s", name, tried.returncode, "".join(last))
-    was_killed = tried.returncode in (-signal.SIGTERM, -signal.SIGKILL)
-    return tried.returncode == 0, not was_killed
+    trial = _trial.call("probe_cpu_module", str(LIBRARIES), name)
+    if trial.told:
+        taken = "; taking it untried" if trial.survived else ""
+        _log().warning("the CPU module %s: %s%s", name, trial.told, taken)
+    return trial.survived, trial.is_certain
 
 
 check_folder()

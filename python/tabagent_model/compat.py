@@ -57,6 +57,7 @@ class Llama:
         seed: int | None = None,
         main_gpu: int | None = None,
         split_mode: int | None = None,
+        tensor_split: Sequence[float] | None = None,
         use_mmap: bool | None = None,
         use_mlock: bool | None = None,
         vocab_only: bool | None = None,
@@ -85,6 +86,7 @@ class Llama:
             n_batch=n_batch,
             main_gpu=main_gpu,
             split_mode=_one_of("split_mode", split_mode, _SPLIT_MODES),
+            tensor_split=tensor_split,
             use_mmap=use_mmap,
             use_mlock=use_mlock,
             vocab_only=vocab_only,
@@ -403,7 +405,7 @@ _HARMLESS = {
 }
 # Those that would change what a model says, with the values that mean nothing.
 _MISSING: dict[str, tuple[float, ...]] = {
-    **dict.fromkeys(("tensor_split", "kv_overrides", "lora_base", "lora_path"), ()),
+    **dict.fromkeys(("kv_overrides", "lora_base", "lora_path"), ()),
     **dict.fromkeys(("chat_handler", "draft_model", "tokenizer"), ()),
     **dict.fromkeys(("rope_scaling_type", "pooling_type", "yarn_ext_factor"), (-1,)),
     **dict.fromkeys(("lora_scale", "yarn_attn_factor", "yarn_beta_slow"), (1,)),

@@ -9,6 +9,7 @@ TabAgentModelError (RuntimeError)
 ├── UnsupportedModelError           a sound model that cannot be run here
 ├── LoadCancelledError
 ├── BackendError (ImportError)      no usable llama.cpp library in the package's folder
+├── BuildError                      a backend cannot be compiled here
 ├── OutOfMemoryError (MemoryError)
 │   └── NoRoomError                 what a manager could unload for a model is not enough
 ├── ContextTooSmallError            llama.cpp could not make the context that was asked for
@@ -101,6 +102,10 @@ class LoadCancelledError(TabAgentModelError):
 
 class BackendError(TabAgentModelError, ImportError):
     """The package's folder holds no llama.cpp library that runs on this machine."""
+
+
+class BuildError(TabAgentModelError):
+    """A backend cannot be compiled here: something is missing, or a compiler failed."""
 
 
 class OutOfMemoryError(TabAgentModelError, MemoryError):

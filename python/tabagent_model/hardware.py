@@ -15,12 +15,15 @@ every memory check pass.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _native
 from .errors import HardwareError, InvalidRequestError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from .backends import Backend
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -161,7 +164,7 @@ def detect() -> Machine:
         cpu=cpu,
         memory=Memory(memory["total"], memory["available"], memory["limit"]),
         gpus=gpus,
-        reason=_why_no_gpu(gpus, nvml["reason"]),
+        reason=why_no_gpu(gpus, nvml["reason"], _native.gpu_backends()),
     )
 
 
@@ -184,6 +187,24 @@ def joined(nvml: Mapping[str, Any], devices: list[dict[str, Any]]) -> tuple[Gpu,
         gpus.append(_joined(card, device, nvml["driver"]))
     others = [card for card in nvml["gpus"] if id(card) not in seen]
     return (*gpus, *(_joined(card, None, nvml["driver"]) for card in others))
+
+
+def why_no_gpu(gpus: tuple[Gpu, ...], nvml: str | None, backends: Sequence[Backend]) -> str | None:
+    """All that is known of it: of the backends, the cards, the driver. None if one can be used."""
+    if any(gpu.device for gpu in gpus):
+        return None
+    names = ", ".join(gpu.name or "a GPU" for gpu in gpus)
+    if refused := [each for each in backends if each.refused]:
+        told = "; ".join(
+            f"the {each.kind} backend is not loaded: {each.refused}" for each in refused
+        )
+        return f"{names} cannot be used, as {told}" if names else told
+    if names:
+        return (
+            f"{names} cannot be used: there is no GPU backend in this installation;"
+            " `tabagent-model build-backend` compiles one"
+        )
+    return nvml
 
 
 # By how llama.cpp's names of devices begin.
@@ -296,15 +317,6 @@ def _joined(
         processes=tuple(GpuProcess(*each) for each in card.get("processes", ())),
         instances=tuple(GpuInstance(**each) for each in card.get("instances", ())),
     )
-
-
-def _why_no_gpu(gpus: tuple[Gpu, ...], reason: str | None) -> str | None:
-    if any(gpu.device for gpu in gpus):
-        return None
-    if gpus:
-        names = ", ".join(gpu.name or "a GPU" for gpu in gpus)
-        return f"{names} cannot be used: there is no GPU backend in this installation"
-    return reason
 
 
 def _gpu_of(given: Any) -> Gpu:

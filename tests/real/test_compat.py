@@ -214,6 +214,7 @@ def test_embeddings_are_not_there_yet(llm: Llama):
         ({"type_k": 8}, NotSupportedError, "`type_k` and `type_v` must be the same"),
         ({"type_k": 2, "type_v": 2}, InvalidRequestError, "`type_k` must be one of 0, 1, 8, 30"),
         ({"split_mode": 9}, InvalidRequestError, "`split_mode` must be one of 0, 1, 2, got 9"),
+        ({"tensor_split": [-1]}, InvalidRequestError, "`tensor_split[0]` must be a number"),
     ],
 )
 def test_what_cannot_be_had_is_refused(fields: Any, kind: Any, message: str):

@@ -156,9 +156,9 @@ def gpu_settings(config: ModelConfig, machine: Machine, estimate: Estimate) -> d
         return {**told, "split_mode": "none", "main_gpu": used[0]}
     if config.tensor_split or len(used) < len(order):
         shares = [0.0] * len(order)
-        given = list(config.tensor_split) or [float(gpu.free or 1) for gpu in machine.usable_gpus]
-        for at, place in enumerate(used):
-            shares[place] = given[at] if config.tensor_split else given[place]
+        given = [float(gpu.free or 1) for gpu in chosen_gpus(config, machine)]
+        for place, share in zip(used, config.tensor_split or given, strict=False):
+            shares[place] = float(share)
         told["tensor_split"] = shares
     return {**told, "main_gpu": used[_main_gpu(config)]}
 
