@@ -27,10 +27,14 @@ from tabagent_model.backends._note import path_of
 PACKAGE = "tabagent_model_cuda"
 INIT = f'"""llama.cpp\'s CUDA backend for tabagent-model {_core.__version__}, which loads it."""\n'
 
-# By CUDA's major version: where NVIDIA's packages put their libraries, and what they are called.
+# By CUDA's major version: where NVIDIA's packages put their libraries, and what they are called. A
+# runtime that is older than the compiler may lack what that takes from it.
 LAYOUTS = {
-    12: (("cuda_runtime", "cublas"), ("nvidia-cuda-runtime-cu12", "nvidia-cublas-cu12")),
-    13: (("cu13",), ("nvidia-cuda-runtime>=13,<14", "nvidia-cublas>=13,<14")),
+    12: (
+        ("cuda_runtime", "cublas"),
+        ("nvidia-cuda-runtime-cu12>=12.{minor},<13", "nvidia-cublas-cu12>=12,<13"),
+    ),
+    13: (("cu13",), ("nvidia-cuda-runtime>=13.{minor},<14", "nvidia-cublas>=13,<14")),
 }
 
 
@@ -42,8 +46,9 @@ def main() -> None:
     parser.add_argument("--build-dir")
     parser.add_argument("--out", default="dist/cuda")
     asked = parser.parse_args()
-    version = _tools.cuda().version
-    folders, requirements = LAYOUTS[version[0]]
+    major, minor = _tools.cuda().version
+    folders, packages = LAYOUTS[major]
+    requirements = tuple(package.format(minor=minor) for package in packages)
     rpath = ":".join(f"$ORIGIN/../nvidia/{folder}/lib" for folder in folders)
     plan = Plan(
         "cuda",

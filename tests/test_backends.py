@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -155,8 +157,8 @@ def test_without_a_driver_a_backend_is_not_even_opened(home, cuda):
 @pytest.mark.parametrize(
     ("source", "refused"),
     [
-        (DEADLY, "its trial ended with -6: "),
-        (EMPTY, "its trial ended with 1: the backend finds no GPU"),
+        (DEADLY, "SIGABRT ended its trial, "),
+        (EMPTY, "the backend finds no GPU here\n"),
     ],
     ids=["deadly", "empty"],
 )
@@ -179,6 +181,25 @@ def test_the_users_own_backend_comes_before_one_from_a_wheel(home, cuda, monkeyp
         cuda,
         Backend("cuda", folders["cuda"] / "libggml-cuda.so"),
         Backend("vulkan", folders["vulkan"] / "libggml-vulkan.so"),
+    ]
+
+
+def test_a_wheel_of_a_backend_installs_and_is_found(home, cuda, monkeypatch):
+    script = Path(__file__).parent.parent / "scripts" / "cuda_wheel.py"
+    write_wheel = runpy.run_path(str(script))["write_wheel"]
+    files = {path.name: path.read_bytes() for path in (cuda.library, path_of(cuda.library))}
+    wheel = write_wheel(home / "out", files, ("nvidia-cublas>=13,<14",))
+    site = home / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--target", str(site), str(wheel)], check=True)
+    shutil.rmtree(home / "backends")
+    monkeypatch.syspath_prepend(str(site))
+    (found,) = backends.found()
+    assert found == Backend("cuda", site / "tabagent_model_cuda" / "libggml-cuda.so")
+    assert Note.beside(found.library).check(found.library) is None
+    assert metadata.distribution("tabagent-model-cuda").requires == [
+        f"tabagent-model=={_core.__version__}",
+        "nvidia-cublas>=13,<14",
     ]
 
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
+    "docs/gpu.md",
     "docs/guide.md",
     "docs/memory.md",
     "docs/models.md",

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from . import _core
 
-SECONDS = 30
-
 # The extension is loaded by its path, so that the trial runs nothing but what is tried.
 _PROGRAM = """
 import importlib.machinery, importlib.util, sys
@@ -33,7 +31,7 @@ class Trial:
     """How it ended."""
 
 
-def call(function: str, *arguments: str) -> Trial:
+def call(function: str, *arguments: str, seconds: int = 30) -> Trial:
     import signal
     import subprocess
 
@@ -45,7 +43,7 @@ def call(function: str, *arguments: str) -> Trial:
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=SECONDS,
+            timeout=seconds,
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             check=False,
             start_new_session=True,  # Ctrl-C on the terminal is no verdict
@@ -53,11 +51,17 @@ def call(function: str, *arguments: str) -> Trial:
     except OSError as error:
         return Trial(True, False, f"it cannot be tried ({error})")
     except subprocess.TimeoutExpired:
-        return Trial(False, False, f"its trial took over {SECONDS} s")
+        return Trial(False, False, f"its trial took over {seconds} s")
     if tried.returncode == 0:
         return Trial(True, True)
     lines = tried.stderr.decode(errors="replace").strip().splitlines()
     # A backend that aborts has said why before it says where.
     last = next((line for line in lines if " error: " in line), "".join(lines[-1:]))
-    was_killed = tried.returncode in (-signal.SIGTERM, -signal.SIGKILL)
-    return Trial(False, not was_killed, f"its trial ended with {tried.returncode}: {last}")
+    if tried.returncode > 0:
+        return Trial(False, True, last)
+    try:
+        name = signal.Signals(-tried.returncode).name
+    except ValueError:
+        name = f"signal {-tried.returncode}"
+    was_killed = name in ("SIGTERM", "SIGKILL")
+    return Trial(False, not was_killed, f"{name} ended its trial, after the words {last!r:.300}")

@@ -154,6 +154,8 @@ _DRIVERS = {
     "cuda": ("libcuda.so.1", "NVIDIA driver"),
     "vulkan": ("libvulkan.so.1", "Vulkan loader"),
 }
+# A driver may have to translate all kernels first.
+_TRIAL_SECONDS = 180
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
 
 
@@ -180,7 +182,7 @@ def _dies(backend: Backend, note: Note, cards: Mapping[str, Any], cache: Cache) 
     name = f"{note.sha256} computes with {cards['driver']} on {uuids}, of which {visible}"
     if cache.facts().get(name) is True:
         return None
-    trial = _trial.call("probe_gpu_backend", str(backend.library))
+    trial = _trial.call("probe_gpu_backend", str(backend.library), seconds=_TRIAL_SECONDS)
     if trial.survived:
         if trial.is_certain:
             cache.keep(name, True)

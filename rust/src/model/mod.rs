@@ -16,9 +16,7 @@ use crate::error::{Error, Result};
 use crate::gguf::Description;
 
 pub use load::{k_quants_stay, relaid_types};
-pub use start::{
-    Device, backend_devices, load_gpu_backend, probe, probe_gpu_backend, start,
-};
+pub use start::{Device, backend_devices, load_gpu_backend, probe, probe_gpu_backend, start};
 pub use tokenizer::Vocabulary;
 
 pub struct Model {
