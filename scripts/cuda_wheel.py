@@ -15,11 +15,12 @@ import csv
 import hashlib
 import io
 import platform
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from tabagent_model import _core
+from tabagent_model import TabAgentModelError, _core
 from tabagent_model.backends import _tools
 from tabagent_model.backends._build import ARCHITECTURES, Plan
 from tabagent_model.backends._note import path_of
@@ -39,13 +40,23 @@ LAYOUTS = {
 
 
 def main() -> None:
+    try:
+        print(build(arguments()))
+    except TabAgentModelError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default=ARCHITECTURES["cuda"][1])
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--source")
     parser.add_argument("--build-dir")
     parser.add_argument("--out", default="dist/cuda")
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def build(asked: argparse.Namespace) -> str:
     major, minor = _tools.cuda().version
     folders, packages = LAYOUTS[major]
     requirements = tuple(package.format(minor=minor) for package in packages)
@@ -58,7 +69,7 @@ def main() -> None:
         folder=asked.build_dir,
         rpath=rpath,
     )
-    print(plan)
+    print(plan, flush=True)
     if plan.missing:
         raise plan.missing[0]
     plan.build()
@@ -66,7 +77,7 @@ def main() -> None:
         library = plan.install(Path(folder))
         files = {path.name: path.read_bytes() for path in (library, path_of(library))}
     wheel = write_wheel(Path(asked.out), files, requirements)
-    print(f"{wheel}, {wheel.stat().st_size / 1e6:.0f} MB")
+    return f"{wheel}, {wheel.stat().st_size / 1e6:.0f} MB"
 
 
 def write_wheel(out: Path, files: dict[str, bytes], requirements: tuple[str, ...]) -> Path:

@@ -43,7 +43,7 @@ ARCHITECTURES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("kind", nargs="?", default="auto", choices=("auto", "cpu", *KINDS))
+    parser.add_argument("kind", nargs="?", default="auto", help=", ".join(("auto", "cpu", *KINDS)))
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument(
         "--arch",
@@ -91,6 +91,10 @@ class Plan:
     ) -> None:
         if jobs is not None and jobs < 1:
             raise InvalidRequestError(f"`--jobs` must be 1 or more, got {jobs}", name="jobs")
+        if kind != "auto" and kind not in _RECIPES:
+            allowed = ", ".join(("auto", *_RECIPES))
+            message = f"the kind of a backend must be one of {allowed}, got {kind!r:.60}"
+            raise InvalidRequestError(message, name="kind")
         self.missing: list[BuildError] = []
         self.kind, self.because = suits_here() if kind == "auto" else (kind, "as asked for")
         self.architectures = checked_architectures(self.kind, architectures)
@@ -129,7 +133,7 @@ class Plan:
             "backend": f"{self.kind}, {self.because}",
             "built from": _core.ENGINE,
             "sources": str(self.source),
-            "toolkit": self.recipe.toolkit,
+            "toolkit": ", ".join(filter(None, (self.recipe.toolkit, self.recipe.where))),
             "architectures": ", ".join(self.architectures),
             "linked with": str(packaged_base()),
             "goes to": str(data_folder() / self.kind / self.library.name),
@@ -215,6 +219,7 @@ class Recipe:
     """What is particular to a kind."""
 
     toolkit: str
+    where: str = ""
     settings: tuple[str, ...] = ()
     before: tuple[list[str], ...] = ()
 
@@ -260,7 +265,8 @@ def packaged_base() -> Path:
 
 def _cpu(plan: Plan) -> Recipe:
     flags = [f"-DCMAKE_{language}_FLAGS=-march=native" for language in ("C", "CXX")]
-    return Recipe(f"{plan.compiler} -march=native", ("-DGGML_CPU_ALL_VARIANTS=ON", *flags))
+    settings = ("-DGGML_CPU_ALL_VARIANTS=ON", *flags)
+    return Recipe("-march=native", plan.compiler, settings)
 
 
 def _cuda(plan: Plan) -> Recipe:
@@ -281,40 +287,35 @@ def _cuda(plan: Plan) -> Recipe:
     if library := cuda.library("cudart"):
         settings.append(f"-DCUDA_CUDART={library}")
     if cuda.has_driver_stub:
-        return Recipe(f"{cuda.name}, {cuda.root}", tuple(settings))
+        return Recipe(cuda.name, str(cuda.root), tuple(settings))
     source, stub = Path(__file__).parent / "libcuda.c", plan.folder / "libcuda.so"
     compile_stub = [plan.compiler, "-x", "c", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
     settings.append(f"-DCUDA_cuda_driver_LIBRARY={stub}")
-    return Recipe(
-        f"{cuda.name}, {cuda.root}",
-        tuple(settings),
-        ([*compile_stub, str(source), "-o", str(stub)],),
-    )
+    before = ([*compile_stub, str(source), "-o", str(stub)],)
+    return Recipe(cuda.name, str(cuda.root), tuple(settings), before)
 
 
 def _rocm(plan: Plan) -> Recipe:
     root = _tools.rocm()
-    architectures = ";".join(plan.architectures)
-    return Recipe(
-        f"ROCm, {root}",
-        (
-            "-DGGML_HIP=ON",
-            f"-DCMAKE_HIP_ARCHITECTURES={architectures}",
-            f"-DTABAGENT_RPATH={plan.rpath or root / 'lib'}",
-            f"-DCMAKE_PREFIX_PATH={root}",
-        ),
+    settings = (
+        "-DGGML_HIP=ON",
+        f"-DCMAKE_HIP_ARCHITECTURES={';'.join(plan.architectures)}",
+        f"-DTABAGENT_RPATH={plan.rpath or root / 'lib'}",
+        f"-DCMAKE_PREFIX_PATH={root}",
     )
+    return Recipe("ROCm", str(root), settings)
 
 
 def _vulkan(plan: Plan) -> Recipe:
     glslc = _tools.glslc()
-    return Recipe(f"glslc, {glslc}", ("-DGGML_VULKAN=ON", f"-DVulkan_GLSLC_EXECUTABLE={glslc}"))
+    settings = ("-DGGML_VULKAN=ON", f"-DVulkan_GLSLC_EXECUTABLE={glslc}")
+    return Recipe("glslc", glslc, settings)
 
 
 def _metal(plan: Plan) -> Recipe:
     if sys.platform != "darwin":
         raise BuildError("Metal is Apple's", hint="build it on a Mac")
-    return Recipe("Xcode", ("-DGGML_METAL=ON", "-DGGML_METAL_EMBED_LIBRARY=ON"))
+    return Recipe("Xcode", settings=("-DGGML_METAL=ON", "-DGGML_METAL_EMBED_LIBRARY=ON"))
 
 
 _RECIPES: dict[str, Callable[[Plan], Recipe]] = {

@@ -136,7 +136,7 @@ def rocm() -> Path:
 
 
 def glslc() -> str:
-    hint = "apt install glslc libvulkan-dev spirv-headers, or install the Vulkan SDK"
+    hint = "apt install glslc libvulkan-dev spirv-headers (Debian 13), or install the Vulkan SDK"
     return _program("GLSLC", "glslc", hint)
 
 
