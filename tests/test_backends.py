@@ -184,6 +184,24 @@ def test_the_users_own_backend_comes_before_one_from_a_wheel(home, cuda, monkeyp
     ]
 
 
+def test_a_folder_that_cannot_be_looked_into_has_no_backends(monkeypatch):
+    monkeypatch.setenv("TABAGENT_HOME", "/" + "x" * 300)
+    assert not [each for each in backends.found() if "xxx" in str(each.library)]
+    assert backends.built_cpu_module("x64", "") is None
+
+
+def test_a_user_without_a_home_has_no_backends_of_his_own(monkeypatch):
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    for name in ("TABAGENT_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert backends.built_cpu_module("x64", "") is None
+    own = {Path(each.library).parent.name for each in backends.found()}
+    assert own <= {f"tabagent_model_{kind}" for kind in backends.KINDS}
+
+
 def test_a_wheel_of_a_backend_installs_and_is_found(home, cuda, monkeypatch):
     script = Path(__file__).parent.parent / "scripts" / "cuda_wheel.py"
     write_wheel = runpy.run_path(str(script))["write_wheel"]

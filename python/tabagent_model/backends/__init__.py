@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,7 +62,7 @@ def load() -> tuple[Backend, ...]:
 def found() -> list[Backend]:
     """All that lie here, best first; of a kind, the user's own before an installed one."""
     places = ((kind, folder / library_name(kind)) for kind in KINDS for folder in _folders(kind))
-    return [Backend(kind, library) for kind, library in places if library.is_file()]
+    return [Backend(kind, library) for kind, library in places if _is_there(library)]
 
 
 def refusal(backend: Backend) -> str | None:
@@ -70,7 +71,7 @@ def refusal(backend: Backend) -> str | None:
         note = Note.beside(backend.library)
         cache = Cache("gpu-backends.json", str(backend.library))
         note.check(backend.library, cache)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return str(error)
     cards = _core.detect_gpus()
     return (
@@ -90,13 +91,11 @@ def data_folder() -> Path:
 
 def built_cpu_module(name: str, machine: str) -> Path | None:
     """The folder with this CPU module, if it was built here, from our sources, for this machine."""
-    library = data_folder() / "cpu" / library_name(f"cpu-{name}")
-    if not library.is_file():
-        return None
     try:
+        library = data_folder() / "cpu" / library_name(f"cpu-{name}")
         note = Note.beside(library)
         note.check(library)
-    except ValueError:
+    except (OSError, RuntimeError, ValueError):  # a RuntimeError: this user has no home
         return None
     return library.parent if note.machine == machine else None
 
@@ -168,8 +167,17 @@ def _wanted() -> tuple[str, ...]:
     return KINDS if choice == "auto" else tuple(kind for kind in KINDS if kind == choice)
 
 
+def _is_there(library: Path) -> bool:
+    """A folder that this user may not look into has nothing for him."""
+    try:
+        return library.is_file()
+    except OSError:
+        return False
+
+
 def _folders(kind: str) -> Iterator[Path]:
-    yield data_folder() / kind
+    with suppress(RuntimeError):
+        yield data_folder() / kind
     spec = find_spec(f"tabagent_model_{kind}")
     for folder in (spec and spec.submodule_search_locations) or ():
         yield Path(folder)
