@@ -153,6 +153,21 @@ def test_without_a_driver_a_backend_is_not_even_opened(home, cuda):
     assert not (home / "opened").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "refused"),
+    [
+        ("metal", "metal", "Metal is Apple's"),
+        ("rocm", "hip", "there is no AMD driver here: no /dev/kfd"),
+    ],
+)
+def test_each_kind_has_a_driver_of_its_own(home, kind, name, refused):
+    if backends.missing_driver(kind) is None:
+        pytest.skip("its driver is here")
+    library = compiled(DEADLY, home / "backends" / kind / f"libggml-{name}.so")
+    Note.of(library).write(library)
+    assert backends.load() == (Backend(kind, library, refused=refused),)
+
+
 @pytest.mark.skipif(bool(_core.detect_gpus()["gpus"]), reason="NVIDIA's driver is here")
 @pytest.mark.parametrize(
     ("source", "refused"),

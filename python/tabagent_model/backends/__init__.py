@@ -15,7 +15,7 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -104,6 +104,8 @@ def missing_driver(kind: str) -> str | None:
     """What a backend of this kind needs of the system, and is not there."""
     if sys.platform != "linux":
         return None
+    if kind == "metal":
+        return "Metal is Apple's"
     if kind == "rocm":
         there = Path("/dev/kfd").exists()
         return None if there else "there is no AMD driver here: no /dev/kfd"
@@ -116,7 +118,9 @@ def missing_driver(kind: str) -> str | None:
 
 
 def no_code(
-    architectures: Sequence[str], cards: Sequence[Mapping[str, Any]], how_many: Any = any
+    architectures: Sequence[str],
+    cards: Sequence[Mapping[str, Any]],
+    how_many: Callable[[Iterable[bool]], bool] = any,
 ) -> str | None:
     """Names the cards that a CUDA backend was not compiled for, if they are `any` or `all`."""
     known = [card for card in cards if card.get("compute_capability")]
