@@ -101,7 +101,7 @@ class Cuda:
 
 def cuda() -> Cuda:
     for nvcc in _nvccs():
-        if not nvcc.is_file():
+        if shutil.which(nvcc) is None:
             continue
         told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
         version = re.search(r"release (\d+)\.(\d+)", told.stdout)

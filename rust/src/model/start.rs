@@ -66,9 +66,12 @@ pub fn load_gpu_backend(library: &Path) -> Result<Vec<String>> {
 /// Proves a GPU backend by use, like `probe`.
 pub fn probe_gpu_backend(library: &Path) -> Result<()> {
     log::install();
-    load_library(library)?;
+    let complaints = load_library(library)?;
     log::uninstall();
-    ffi::probe_gpus()
+    ffi::probe_gpus().map_err(|error| match complaints.is_empty() {
+        true => error,
+        false => Error::Hardware { what: format!("{error}: {}", complaints.join("; ")) },
+    })
 }
 
 /// What llama.cpp can compute on, in its own order. It must have started; else there is nothing.
@@ -115,17 +118,22 @@ pub(super) fn backend() -> Result<&'static LlamaBackend> {
 }
 
 fn load_module(folder: &Path, module: &str) -> Result<()> {
-    load_library(&modules::find(folder, module)?.path)
+    load_library(&modules::find(folder, module)?.path).map(drop)
 }
 
-fn load_library(library: &Path) -> Result<()> {
+/// What it complained of, though it was loaded.
+fn load_library(library: &Path) -> Result<Vec<String>> {
     let folder = library.parent().unwrap_or(library).to_path_buf();
     let no_backend = |found: String| Error::NoBackend { folder, found };
     let Some(path) = library.to_str().and_then(|path| CString::new(path).ok()) else {
         return Err(no_backend("a path that is not UTF-8".into()));
     };
     let (loaded, errors) = log::listen(|| ffi::load_backend(&path));
-    loaded.map_err(|_| {
-        no_backend(format!("`{}` does not load: {}", library.display(), errors.join("; ")))
-    })
+    if loaded.is_err() {
+        let said = errors.join("; ");
+        let already = format!("load_backend: failed to load {}: ", library.display());
+        let said = said.strip_prefix(&already).unwrap_or(&said);
+        return Err(no_backend(format!("`{}` does not load: {said}", library.display())));
+    }
+    Ok(errors)
 }
