@@ -15,6 +15,7 @@ import ctypes
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -65,8 +66,8 @@ def found() -> list[Backend]:
     return [Backend(kind, library) for kind, library in places if _is_there(library)]
 
 
-def refusal(backend: Backend) -> str | None:
-    """Why it must not be loaded; None if nothing speaks against it."""
+def refusal(backend: Backend, *, anew: bool = False) -> str | None:
+    """Why it must not be loaded; None if nothing speaks against it. `anew` tries what was tried."""
     try:
         note = Note.beside(backend.library)
         cache = Cache("gpu-backends.json", str(backend.library))
@@ -77,7 +78,7 @@ def refusal(backend: Backend) -> str | None:
     return (
         missing_driver(backend.kind)
         or (backend.kind == "cuda" and no_code(note.architectures, cards["gpus"], all))
-        or _dies(backend, note, cards, cache)
+        or _dies(backend, note, cards, cache, anew)
         or None
     )
 
@@ -159,6 +160,7 @@ _DRIVERS = {
 }
 # A driver may have to translate all kernels first.
 _TRIAL_SECONDS = 180
+_FAILURE_HOLDS_S = 600
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
 
 
@@ -187,21 +189,29 @@ def _folders(kind: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _dies(backend: Backend, note: Note, cards: Mapping[str, Any], cache: Cache) -> str | None:
-    """Let a child process compute with it, once for each build, driver and set of cards."""
+def _dies(
+    backend: Backend, note: Note, cards: Mapping[str, Any], cache: Cache, anew: bool
+) -> str | None:
+    """Let a child process compute with it, once for each build, driver and set of cards. That it
+    failed holds for ten minutes: a card may recover, and the workers of now need not try it all."""
     uuids = [card["uuid"] for card in cards["gpus"]]
     visible = [os.environ.get(name) for name in _VISIBLE]
     name = f"{note.sha256} computes with {cards['driver']} on {uuids}, of which {visible}"
-    if cache.facts().get(name) is True:
-        return None
+    match None if anew else cache.facts().get(name):
+        case "computes":
+            return None
+        case [float(then), str(told)] if 0 <= time.time() - then < _FAILURE_HOLDS_S:
+            return told
     trial = _trial.call("probe_gpu_backend", str(backend.library), seconds=_TRIAL_SECONDS)
     if trial.survived:
         if trial.is_certain:
-            cache.keep(name, True)
+            cache.keep(name, "computes")
         return None
     # A card may be missed by the backend and hidden from it, so that alone is no reason.
     missed = no_code(note.architectures, cards["gpus"]) if backend.kind == "cuda" else None
-    return "; ".join(filter(None, (trial.told, missed)))
+    told = "; ".join(filter(None, (trial.told, missed)))
+    cache.keep(name, [time.time(), told])
+    return told
 
 
 def _loaded(backend: Backend) -> Backend:

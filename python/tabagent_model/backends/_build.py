@@ -177,7 +177,7 @@ class Plan:
         elif driver := missing_driver(self.kind):
             return f"not here: {driver}"
         else:
-            why = refusal(Backend(self.kind, library))
+            why = refusal(Backend(self.kind, library), anew=True)
         if why:
             raise BuildError(f"`{library}` was built, and cannot be used: {why}")
         return "it computes"
