@@ -53,7 +53,7 @@ docs:
 wheel: dist/built
 	@ls dist/*.whl
 
-# Needs a CUDA toolkit, but no card, and about 20 minutes of two cores for each architecture.
+# Needs a CUDA toolkit, but no card, and about 40 minutes of a core for each architecture.
 wheel-cuda: $(VENV)/installed
 	$(BIN)/python scripts/cuda_wheel.py
 
