@@ -8,6 +8,7 @@ import gc
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -19,6 +20,7 @@ from tabagent_model import (
     Model,
     TextStream,
 )
+from tabagent_model.placement._ledger import LEDGER
 from tabagent_model.testing import ScriptedContext
 
 # A run in the background begins with Ctrl-C ignored, and so would the children of the tests.
@@ -84,3 +86,10 @@ def face(request: pytest.FixtureRequest) -> Iterator[Callable[[ScriptedContext],
 def tiny_model() -> Iterator[Model]:
     with Model.load(n_ctx=512, max_parallel=4) as model:
         yield model
+
+
+@pytest.fixture
+def empty_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no other test had a model that stays loaded."""
+    monkeypatch.setattr(LEDGER, "_entries", WeakKeyDictionary())
+    monkeypatch.setattr(LEDGER, "_reserved", {})

@@ -235,6 +235,7 @@ def test_a_worker_that_the_system_kills_for_its_memory_is_one_error_and_another_
     assert outcome == [["WorkerCrashedError", "SIGKILL"], True]
 
 
+@pytest.mark.usefixtures("empty_ledger")
 @pytest.mark.parametrize("num_failures", range(1, 5))
 def test_memory_that_is_refused_n_times_is_had_further_down_the_ladder(
     num_failures: int, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from tabagent_model.isolation import respawn, spawn, verdicts
 from tabagent_model.params import BUNDLED_MODEL
 from tabagent_model.placement._ledger import LEDGER
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("empty_ledger")]
 
 KV: Any = {"n_ctx": 1024, "max_parallel": 2, "kv_type": "f16"}
 APART: Any = {**KV, "isolation": "process", "n_threads": 1}

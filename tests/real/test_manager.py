@@ -315,6 +315,7 @@ def test_a_budget_in_bytes_is_kept():
         assert states(models) == {"chat": "loaded", "draft": "loaded", "wide": "unloaded"}
 
 
+@pytest.mark.usefixtures("empty_ledger")
 @pytest.mark.parametrize("isolation", ["none", "process"])
 def test_what_a_model_takes_is_estimated_and_then_what_the_ledger_says(isolation: Any):
     config = ModelConfig(n_ctx=512, max_parallel=2, kv_type="f16", isolation=isolation)
