@@ -135,6 +135,14 @@ class TestWaiting:
         assert told(pool.ask(Ticket("b", "use"), 2)) == []
         assert told(pool.running("a", False, 3)) == ["unload a"]
 
+    def test_whose_use_was_over_before_it_was_told_leaves_as_well(self):
+        pool = pool_of("a")
+        pool.members["a"].keep_alive_s = 0
+        pool.ask(Ticket("a", "load"), 0)
+        assert told(pool.loaded("a", 0)) == ["grant a #1"]
+        assert told(pool.running("a", False, 1)) == []
+        assert told(pool.running("a", False, 2, was_used=True)) == ["unload a"]
+
     def test_the_more_urgent_go_first(self):
         pool = pool_of("abc", max_loaded=1)
         pool.members["c"].priority = "high"

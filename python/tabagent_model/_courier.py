@@ -139,6 +139,7 @@ class Courier(threading.Thread):
         self._inboxes: dict[int, Inbox | LoopInbox] = {}
         self._lock = threading.Lock()
         self._end: TabAgentModelError | None = None
+        self.was_used = False
         self.on_turn: Callable[[], object] = lambda: None
         """Called in any thread when the first request comes, and when the last one is gone."""
         begin(self)
@@ -150,7 +151,7 @@ class Courier(threading.Thread):
             prompt = request.prompt() if callable(request.prompt) else request.prompt
             with self._lock:  # against a goodbye that would miss this inbox
                 self.check()
-                was_idle = self.is_idle
+                was_idle, self.was_used = self.is_idle, True
                 self._inboxes[request.id] = inbox
             if was_idle:
                 self.on_turn()

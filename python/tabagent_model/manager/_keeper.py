@@ -380,7 +380,9 @@ class Keeper(threading.Thread, Generic[M]):
 
         def happen(pool: Pool, now: float) -> list[Order]:
             courier = self.models[name]._courier
-            return pool.running(name, courier is not None and not courier.is_idle, now)
+            if courier is None:
+                return pool.running(name, False, now)
+            return pool.running(name, not courier.is_idle, now, courier.was_used)
 
         self._tell(happen)
 

@@ -170,11 +170,14 @@ class Pool:
             member.used_at = now
         return self._advance(now)
 
-    def running(self, name: str, is_running: bool, now: float) -> list[Order]:
-        """The first request began to run in a model, or the last one ended."""
+    def running(
+        self, name: str, is_running: bool, now: float, was_used: bool = False
+    ) -> list[Order]:
+        """The first request began to run in a model, or the last one ended. One that was quicker
+        than this news `was_used` only."""
         member = self.members[name]
+        member.was_used |= is_running or was_used
         if is_running and not member.is_running:
-            member.was_used = True
             self._pass_over(name, inf)
         if member.state in ("loaded", "draining"):  # what is said of one that is gone comes late
             member.is_running, member.used_at = is_running, now
@@ -239,7 +242,8 @@ class Pool:
         return not self._present()
 
     def num_waiting(self, name: str) -> int:
-        return sum(ticket.model == name for ticket in self._waiting)
+        waiting = list(self._waiting)  # other threads look on
+        return sum(ticket.model == name for ticket in waiting)
 
     def _advance(self, now: float) -> list[Order]:
         self._now, num_orders = now, -1
