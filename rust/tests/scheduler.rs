@@ -694,25 +694,35 @@ fn cancelling_while_generating_takes_one_step() {
 
 #[test]
 fn cancelling_during_a_long_prompt_does_not_wait_for_its_step() {
-    for forgets_parts in [true, false] {
-        let setup = || Setup { n_batch: 64, rule: hash_all, forgets_parts, ..Setup::default() };
-        let config = || GenerationConfig { ignore_eos: true, ..at_most(9) };
-        let long: Vec<i32> = (0..50).collect();
-        let cold = Engine::new(setup()).ask(1, &long, config());
-        let neighbour = Engine::new(setup()).ask(1, &[5, 6], config());
+    let setup = || Setup { n_batch: 64, rule: hash_all, ..Setup::default() };
+    let config = || GenerationConfig { ignore_eos: true, ..at_most(9) };
+    let long: Vec<i32> = (0..50).collect();
+    let cold = Engine::new(setup()).ask(1, &long, config());
+    let neighbour = Engine::new(setup()).ask(1, &[5, 6], config());
 
-        let mut engine = Engine::new(Setup { gate: Some(1), ..setup() });
-        engine.submit(1, &[5, 6], config());
-        engine.stage.wait_for_batch(2);
-        engine.submit(2, &long, config());
-        engine.stage.let_through(1);
-        engine.stage.wait_for_batch(3);
-        engine.context.abort(2); // the gate stays shut
-        assert_eq!(engine.answers([2]), [said([], Cancelled)]);
-        engine.stage.open();
-        assert_eq!(engine.answers([1]), [neighbour]);
-        assert_eq!(engine.ask(3, &long, config()), cold);
-    }
+    let mut engine = Engine::new(Setup { gate: Some(1), ..setup() });
+    engine.submit(1, &[5, 6], config());
+    engine.stage.wait_for_batch(2);
+    engine.submit(2, &long, config());
+    engine.stage.let_through(1);
+    engine.stage.wait_for_batch(3);
+    engine.context.abort(2); // the gate stays shut
+    assert_eq!(engine.answers([2]), [said([], Cancelled)]);
+    engine.stage.open();
+    assert_eq!(engine.answers([1]), [neighbour]);
+    assert_eq!(engine.ask(3, &long, config()), cold);
+}
+
+#[test]
+fn a_memory_that_an_interruption_would_spoil_is_given_the_time_of_a_step() {
+    let setup = Setup { n_batch: 64, forgets_parts: false, gate: Some(0), ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    engine.submit(1, &(0..50).collect::<Vec<i32>>(), at_most(9));
+    engine.submit(2, &[70], at_most(2));
+    engine.stage.wait_for_batch(1);
+    engine.context.abort(1);
+    engine.stage.open();
+    assert_eq!(engine.answers([1, 2]), [said([50], Cancelled), said([71, 72], Length)]);
 }
 
 #[test]

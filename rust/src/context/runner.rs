@@ -21,6 +21,8 @@ pub trait Runner {
     /// Called once, on the thread that everything else is called on.
     fn begin(&mut self) {}
     fn run(&mut self, batch: &[Row]) -> Outcome;
+    /// Whether a run that was interrupted harms nobody but those of its batch.
+    fn can_be_interrupted(&self) -> bool;
     /// The logits of one row of the last batch that wanted them.
     fn logits(&self, row: usize) -> Result<&[f32]>;
     /// Forgets what a slot holds from a position on. False: it can only forget everything.
@@ -148,7 +150,6 @@ pub struct LlamaRunner {
     budget: Budget,
     /// As llama.cpp was told last.
     n_threads: u32,
-    may_give_up: bool,
     has_bf16_keys: bool,
     /// Whether it computes on the threads that it shares with other contexts.
     takes_turns: bool,
@@ -239,9 +240,7 @@ impl LlamaRunner {
             waits: None,
             budget: Budget::new(limits.n_batch),
             n_threads,
-            // After an interruption a part of each sequence is forgotten, which this kind cannot.
             has_bf16_keys: config.kv_type == KvType::Bf16,
-            may_give_up: !model.description().is_recurrent,
             takes_turns,
             // SAFETY: the model is alive.
             window: unsafe { llama_cpp_sys_2::llama_model_n_swa(model.as_ptr()) },
@@ -286,7 +285,7 @@ impl LlamaRunner {
         }
         let waited_before = self.waits.as_ref().and_then(CoreWaits::total);
         let begun = Instant::now();
-        let limit = self.pace.limit(batch.len(), threads).filter(|_| self.may_give_up);
+        let limit = self.pace.limit(batch.len(), threads).filter(|_| self.can_be_interrupted());
         self.interrupt.set_deadline(limit.map(|limit| begun + limit));
         // An interrupted decode is nothing to complain about.
         let is_news = |outcome: &Outcome| *outcome != Outcome::Aborted;
@@ -361,6 +360,12 @@ impl Runner for LlamaRunner {
         let _turn = self.takes_turns.then(Turn::take);
         let threads = self.pace.threads(Instant::now());
         self.run_on(threads, batch)
+    }
+
+    /// llama.cpp writes down which states a step moves and clears before it does so. After a step that
+    /// was cut short, a new sequence would begin with the state of a forgotten one.
+    fn can_be_interrupted(&self) -> bool {
+        !self.model.description().is_recurrent
     }
 
     fn logits(&self, row: usize) -> Result<&[f32]> {

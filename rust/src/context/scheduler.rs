@@ -205,7 +205,7 @@ impl<R: Runner> Scheduler<R> {
 
     fn running_ids_of_a_long_step(&self) -> Vec<u64> {
         let num_prompt = self.batch.iter().filter(|row| !row.wants_logits).count();
-        if num_prompt < LONG_STEP {
+        if num_prompt < LONG_STEP || !self.runner.can_be_interrupted() {
             return Vec::new();
         }
         self.running.iter().map(|sequence| sequence.id).collect()

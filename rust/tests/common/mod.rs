@@ -319,6 +319,10 @@ impl Runner for ScriptedRunner {
         }
     }
 
+    fn can_be_interrupted(&self) -> bool {
+        self.setup.forgets_parts
+    }
+
     fn logits(&self, row: usize) -> Result<&[f32]> {
         let logits = self.logits.get(row).and_then(Option::as_deref);
         logits.ok_or_else(|| Error::internal(format!("row {row} has no logits")))
