@@ -109,6 +109,18 @@ fn it_learns_from_steps_that_cost_more_than_they_did() {
 }
 
 #[test]
+fn a_crowd_that_was_never_seen_without_prompts_is_not_read_in_crumbs() {
+    let mut budget = Budget::new(MOST);
+    budget.took(1, 0, seconds(1, 0));
+    budget.took(0, MOST, seconds(0, MOST));
+    for num_generating in 10..40 {
+        let rows = budget.rows(SHORT, num_generating, 1);
+        assert!(rows > 64, "{num_generating}: {rows} rows");
+        budget.took(num_generating, rows, seconds(num_generating, rows));
+    }
+}
+
+#[test]
 fn a_disturbed_step_hardly_counts() {
     let mut budget = experienced();
     let before = budget.rows(LONG, 1, 1);

@@ -95,10 +95,16 @@ impl Budget {
         self.generating[0]
     }
 
-    /// As far as it is known; fewer generating are no slower.
+    /// As it was; or no less than with fewer who generate, each of whom takes about as much as a prompt
+    /// token in a large piece. A crowd that has just come is seen together with prompts only.
     fn step(&self, num_generating: usize) -> Option<f64> {
-        let at_most = &self.generating[..=like(num_generating).min(8)];
-        at_most.iter().rev().find_map(|known| *known)
+        let size = like(num_generating).min(8);
+        if let Some(known) = self.generating[size] {
+            return Some(known);
+        }
+        let fewer = self.generating[..size].iter().rev().find_map(|known| *known)?;
+        let row = self.per_row.iter().flatten().copied().reduce(f64::min).unwrap_or(0.0);
+        Some(fewer.max(self.pass().unwrap_or(0.0) + row * (num_generating - 1) as f64))
     }
 }
 
