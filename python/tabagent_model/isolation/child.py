@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from itertools import count
+from mmap import PAGESIZE
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -101,8 +102,8 @@ class Child:
 
     def rss_mb(self) -> float | None:
         try:
-            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-            return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            with open(f"/proc/{self.pid}/statm", "rb", 0) as file:  # noqa: PTH123 - for each answer
+                return int(file.read().split()[1]) * PAGESIZE / 2**20
         except (OSError, LookupError, ValueError):  # not Linux, or it has ended
             return None if self._end else self._last_rss_mb
 
@@ -369,6 +370,11 @@ class RemotePrompt(RemoteObject):
             return PlainParser()
         parser: RemoteParser = self._ask("parser", patience)
         return parser
+
+    def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None:
+        """All of them came along, unless they are too many for the context."""
+        ids: list[int] | None = self._facts.get("ids") if after is None else None
+        return self._ask("tokens", after, limit) if ids is None else ids
 
 
 class RemoteParser(RemoteObject):

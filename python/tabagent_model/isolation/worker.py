@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _core
 from .._courier import begin
 from .._loading import load_here, placement_of
-from ..errors import InvalidRequestError, ProtocolError
+from ..errors import InvalidRequestError, ProtocolError, TabAgentModelError
 from ..params import ModelConfig
 from ..placement._ledger import LEDGER
 from ..stream import LONG_TEXT
@@ -157,7 +157,18 @@ class Worker:
     def _keep(self, thing: Any) -> Message:
         number = next(self._numbers)
         self._objects[number] = thing
-        return {"number": number, "kind": type(thing).__name__, **_described(thing)}
+        described = _described(thing)
+        if isinstance(thing, _core.ChatPrompt):
+            described["facts"]["ids"] = self._ids(thing)
+        return {"number": number, "kind": type(thing).__name__, **described}
+
+    def _ids(self, prompt: _core.ChatPrompt) -> list[int] | None:
+        """What is asked next of nearly every prompt: a question less on the way to the engine."""
+        context = self._objects["context"]
+        try:
+            return None if context is None else prompt.tokens(limit=context.n_ctx)
+        except TabAgentModelError:
+            return None  # who asks hears why
 
     def _tell_events(self) -> None:
         context = self._objects["context"]
