@@ -91,7 +91,7 @@ def test_what_kills_the_courier_reaches_every_reader():
             began.wait(10)
             raise RuntimeError("no idea")
 
-        def submit(self, request_id: int, prompt: Any, params: Any) -> None:
+        def submit(self, request_id: int, prompt: Any, params: Any, *chat: Any) -> None:
             pass
 
     context = Late()
@@ -121,7 +121,7 @@ async def test_a_loop_is_woken_once_for_all_its_streams():
             sent.wait(10)
             return batches.pop(0)
 
-        def submit(self, request_id: int, prompt: Any, params: Any) -> None:
+        def submit(self, request_id: int, prompt: Any, params: Any, *chat: Any) -> None:
             pass
 
     loop, wakes = asyncio.get_running_loop(), 0

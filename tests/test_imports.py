@@ -41,7 +41,7 @@ MAY_IMPORT = {
     },
     "_attention": {"_cache", "_native", "errors"},
     "_log": {"_core", "_courier"},
-    "_courier": {"errors", "results", "schema"},  # the schema for type checkers only
+    "_courier": {"_core", "errors", "results", "schema"},  # two of them for type checkers only
     "_prompt": {"errors"},
     "_options": {"_prompt", "errors", "schema", "tools"},
     "stream": {"_courier", "errors", "results", "schema"},  # the schema for type checkers only
@@ -57,7 +57,7 @@ MAY_IMPORT = {
         *("._estimate", "._ledger", "_core", "_courier", "_native", "errors", "hardware"),
         *("params", "placement"),
     },
-    "isolation/frames": {"_courier", "errors", "results"},
+    "isolation/frames": {"_core", "_courier", "errors", "results"},  # _core for type checkers only
     "isolation/spawn": {"_courier", "errors"},
     "isolation/memory": {  # the child and frames for type checkers only
         *(".child", ".frames", "_core", "errors", "hardware", "placement._estimate"),
@@ -82,32 +82,35 @@ MAY_IMPORT = {
         *(".frames", ".memory", "_core", "_courier", "_loading", "errors", "params"),
         *("placement._ledger", "stream"),
     },
-    "_session_file": {"_core", "errors", "model"},  # the model for type checkers only
-    "chat": {  # the model for type checkers only
-        *("_courier", "_options", "_prompt", "_session_file", "errors", "model", "params"),
+    "_session_file": {"_base", "_core", "errors"},  # the base for type checkers only
+    "chat": {  # the base for type checkers only
+        *("_base", "_courier", "_options", "_prompt", "_session_file", "errors", "params"),
         *("results", "stream"),
     },
+    "_base": {
+        *("_core", "_courier", "_crowd", "_loading", "_options", "_prompt", "chat", "errors"),
+        *("isolation.remote", "metrics", "params", "results"),
+    },
     "model": {
-        *("_core", "_courier", "_crowd", "_loading", "_log", "_options", "_prompt", "chat"),
-        *("errors", "isolation.remote", "metrics", "params", "pin", "results"),
-        *("serve.transport", "stream", "tool_loop"),
+        *("_base", "_core", "_courier", "_loading", "_log", "_prompt", "chat", "errors"),
+        *("params", "pin", "results", "serve.transport", "stream", "tool_loop"),
     },
     "manager/_pool": {"errors", "params"},
     "manager/_snapshots": {  # both for type checkers only
-        *("_session_file", "chat", "errors", "model"),
+        *("_base", "_session_file", "chat", "errors"),
     },
     "manager/_needs": {
-        *("._pool", "_loading", "errors", "hardware", "isolation.remote", "model", "params"),
-        # hardware, the model and the share for type checkers only
+        *("._pool", "_base", "_loading", "errors", "hardware", "isolation.remote", "params"),
+        # hardware, the base and the share for type checkers only
         *("placement", "placement._estimate", "placement._ledger"),
     },
     "manager/_keeper": {
-        *("._needs", "._pool", "._snapshots", "_courier", "_loading", "errors", "model"),
-        "params",
+        *("._needs", "._pool", "._snapshots", "_base", "_courier", "_loading", "errors"),
+        *("model", "params"),
     },
     "manager/__init__": {
         *("._keeper", "._needs", "._pool", "._snapshots", "_prompt", "errors", "model"),
-        "params",
+        *("params", "stream"),
     },
     "bench/_machine": {"_core", "hardware", "model"},
     "bench/_report": {"._machine"},
@@ -122,7 +125,7 @@ MAY_IMPORT = {
     "bench/__init__": {
         *("._files", "._machine", "._report", "._spike3", "._throughput", "errors"),
     },
-    "testing": {"errors", "params", "results"},
+    "testing": {"_core", "_courier", "errors", "params", "results"},
     "_package": {"errors"},
     "compat": {
         *("_core", "_package", "_prompt", "errors", "model", "params", "serve._request"),

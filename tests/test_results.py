@@ -57,7 +57,8 @@ def test_an_answer_tells_how_likely_its_tokens_were_if_asked():
         assert model.generate("Why?").logprobs is None
         answer = model.generate("Why?", logprobs=1)
         with model.stream("Why?", logprobs=0) as pieces:
-            assert list(pieces) == ["Be", "cause"]
+            told = [(piece, len(pieces.logprobs or ())) for piece in pieces]
+    assert told == [("Be", 1), ("cause", 2)]
     assert answer.logprobs == tuple(
         TokenLogprob(token, text, 0.0, (TokenLogprob(token, text, 0.0),))
         for token, text in zip(answer.tokens, ["Be", "cause"], strict=True)

@@ -2,7 +2,7 @@ import asyncio
 import gc
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -153,8 +153,8 @@ async def test_a_context_that_dies_ends_every_stream(face: MakeFace):
                 raise SamplingError("the engine is broken")
             return super().next_events()
 
-        def submit(self, request_id: int, prompt: Any, params: Mapping[str, Any]) -> None:
-            super().submit(request_id, prompt, params)
+        def submit(self, request_id: int, prompt: Any, params: Any, *chat: Any) -> None:
+            super().submit(request_id, prompt, params, *chat)
 
     context = Dying(endless, delay=0.001)
     model = face(context)
@@ -267,10 +267,10 @@ class SlowSubmit(ScriptedContext):
         super().__init__(endless, delay=0.001, n_ctx=100_000)
         self.began, self.go_on = threading.Event(), threading.Event()
 
-    def submit(self, request_id: int, prompt: Any, params: Mapping[str, Any]) -> None:
+    def submit(self, request_id: int, prompt: Any, params: Any, *chat: Any) -> None:
         self.began.set()
         assert self.go_on.wait(10)
-        super().submit(request_id, prompt, params)
+        super().submit(request_id, prompt, params, *chat)
 
 
 LONG = "word " * 5000

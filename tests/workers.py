@@ -16,13 +16,15 @@ import json, os, signal, sys, time; sys.path[:] = json.loads(sys.argv[1])
 from pathlib import Path
 from tabagent_model.isolation import worker
 from tabagent_model.errors import OutOfMemoryError, QueueFullError
-from tabagent_model.testing import ScriptedContext
+from tabagent_model.testing import ScriptedContext, ScriptedPrompt
 
 FATAL = False
 
 def lines(prompt):
     if FATAL and type(prompt) is list:
         os.abort()
+    if "think" in (prompt if type(prompt) is str else context.detokenize(prompt)):
+        yield "<think>Hm</think>"
     yield "One"
     if prompt == "SIGSEGV":
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -48,19 +50,8 @@ def lines(prompt):
         worker._core.put_log("warning", "a line of the engine")
     yield "."
 
-class ChatParser:
-    def __init__(self):
-        self.pieces = []
-    def feed(self, text):
-        self.pieces.append(text)
-        return [("content", text)]
-    def finish(self, is_complete=True):
-        return [("content", "!")], {"pieces": "".join(self.pieces), "complete": is_complete}
-
-class ChatPrompt:
-    is_plain = True
-    def parser(self, patience=50):
-        return 1 / 0
+class ChatPrompt(ScriptedPrompt):
+    pass
 
 class ScriptedModel:
     path, load_time_ms, gpu_layers = "scripted.gguf", 1.5, 0
@@ -70,17 +61,14 @@ class ScriptedModel:
     def detokenize(self, tokens, special=False):
         return context.detokenize(tokens)
     def render_chat(self, *given):
-        return context.render_chat(*given)
+        prompt = context.render_chat(*given)
+        return ChatPrompt(**{**vars(prompt), "is_plain": "plain" in prompt.text})
     def vocab_size(self):
         return 3
     context_train_size = embedding_dim = layer_count = vocab_size
     def open_files(self):
         return {int(fd): os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
                 if os.path.exists(f"/proc/self/fd/{fd}")}
-    def parser(self):
-        return ChatParser()
-    def prompt(self):
-        return ChatPrompt()
     def pins(self, now):
         submitted = {s.request_id: dict(s.params) for s in context.submitted}
         return submitted, context.unpinned
@@ -93,10 +81,10 @@ class ScriptedModel:
 
 def refuse_pins(*errors):
     submit, left = ScriptedContext.submit, [*errors]
-    def refuse(self, request_id, prompt, params):
+    def refuse(self, request_id, prompt, params, *chat):
         if params.get("pin") and left:
             raise left.pop()
-        submit(self, request_id, prompt, params)
+        submit(self, request_id, prompt, params, *chat)
     ScriptedContext.submit = refuse
 
 def load(config, progress):

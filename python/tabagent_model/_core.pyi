@@ -19,6 +19,7 @@ __all__ = [
     "ModelFile",
     "PyContext",
     "PyModel",
+    "Wire",
     "__version__",
     "_inject",
     "cpu_modules",
@@ -265,9 +266,15 @@ class PyContext:
     """One llama.cpp context, its owner thread, and the requests that run in it together."""
 
     def submit(
-        self, request_id: int, prompt: str | Sequence[int], params: Mapping[str, Any]
+        self,
+        request_id: int,
+        prompt: str | Sequence[int],
+        params: Mapping[str, Any],
+        chat: ChatPrompt | None = None,
+        patience: int = 50,
     ) -> None:
-        """Hand a request to the owner thread.
+        """Hand a request to the owner thread. The answer to a `chat` is read as its template means
+        it, once whenever `patience` times as long has passed as that took the last time.
 
         `params` has the fields of GenerationConfig; a missing one has its default, an unknown one
         is refused. What is wrong with the request is raised here, before it is queued.
@@ -282,6 +289,9 @@ class PyContext:
         """Ask for the end of a request; its last event says `cancelled`. Unknown ids are fine."""
     def next_events(self) -> list[Event]:
         """Sleep until a step has produced something. An empty list means that it is closed."""
+    def tell_through(self, wire: Wire) -> None:
+        """From now on, events that are text and tokens only go through `wire` as soon as they are
+        there, and not to `next_events`."""
     def check_thread(self) -> None:
         """Raise ModelBusyError in a logits hook, which must not wait for its own model."""
     def close(self) -> None:
@@ -336,6 +346,15 @@ class PyContext:
         is no room for it. A state of another model or of other settings is refused."""
 
 @final
+class Wire:
+    """A worker's end of the socket to its parent, for threads of Python and of the engine."""
+
+    def __new__(cls, socket: int) -> Self:
+        """Over a socket that somebody else owns and closes."""
+    def send(self, parts: list[bytes]) -> None:
+        """All parts, and nothing of anybody else between them."""
+
+@final
 class Event:
     """News of one request. Every request gets exactly one event with `is_last`."""
 
@@ -363,11 +382,13 @@ class Event:
         seed, n_ctx, and in milliseconds from submit: queue_ms, prompt_ms, first_token_ms,
         decode_ms, total_ms; between one token and the next gap_p50_ms and gap_p99_ms."""
     @property
-    def logprobs(
-        self,
-    ) -> list[tuple[tuple[int, str, float], list[tuple[int, str, float]]]] | None:
-        """With the last event, if they were asked for: for each token its id, text and logprob, and
-        those of the likeliest in its place."""
+    def read(self) -> tuple[list[tuple[Any, ...]], dict[str, Any] | None] | None:
+        """If a chat was submitted: what is new of its answer as the template means it, as of
+        `ChatParser.feed`; and with the last event all of it, as of `ChatParser.finish`."""
+    @property
+    def logprobs(self) -> list[tuple[tuple[int, str, float], list[tuple[int, str, float]]]]:
+        """If they were asked for: for each token its id, text and logprob, and those of the
+        likeliest in its place."""
 
 def inspect_gguf(path: str) -> dict[str, Any]:
     """Check a model file without loading it, and describe it."""

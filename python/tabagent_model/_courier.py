@@ -34,6 +34,7 @@ from .errors import (
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
 
+    from ._core import Wire
     from .results import Completion, Logprobs
     from .schema import Schema
 
@@ -60,7 +61,9 @@ class Event(Protocol):
     @property
     def stats(self) -> Mapping[str, float] | None: ...
     @property
-    def logprobs(self) -> Logprobs | None: ...
+    def logprobs(self) -> Logprobs: ...
+    @property
+    def read(self) -> Reading | None: ...
 
 
 class Context(Protocol):
@@ -80,9 +83,17 @@ class Context(Protocol):
     def flash_attn(self) -> str: ...
     @property
     def kv_type(self) -> str: ...
-    def submit(self, request_id: int, prompt: Any, params: Mapping[str, Any]) -> None: ...
+    def submit(
+        self,
+        request_id: int,
+        prompt: Any,
+        params: Mapping[str, Any],
+        chat: Any = None,
+        patience: int = 50,
+    ) -> None: ...
     def abort(self, request_id: int) -> None: ...
     def next_events(self) -> Sequence[Event]: ...
+    def tell_through(self, wire: Wire) -> None: ...
     def check_thread(self) -> None: ...
     def close(self) -> None: ...
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]: ...
@@ -101,7 +112,34 @@ class ChatParser(Protocol):
     def finish(self, is_complete: bool = True) -> tuple[Sequence[Any], Mapping[str, Any]]: ...
 
 
+class ChatPrompt(Protocol):
+    """What `_core.ChatPrompt` and the prompt of a script have in common."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def stops(self) -> Sequence[str]: ...
+    @property
+    def preserved_tokens(self) -> Sequence[int]: ...
+    @property
+    def constraint(self) -> dict[str, Any] | None: ...
+    @property
+    def thinking(self) -> tuple[str, str] | None: ...
+    @property
+    def is_thinking(self) -> bool: ...
+    @property
+    def is_plain(self) -> bool: ...
+    def parser(self, patience: int = 50) -> ChatParser: ...
+    def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None: ...
+
+
+Reading = tuple[Sequence[Any], Mapping[str, Any] | None]
+"""What is new of a chat's answer, and with the last event all of it."""
+
 request_ids = count(1)
+
+# An answer is read for a fiftieth of the time at most; one that nobody watches, at its end.
+_PATIENCE, _NOT_BEFORE_THE_END = 50, 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -113,15 +151,17 @@ class Request:
     params: Mapping[str, Any]
     on_end: OnEnd | None = None
     """Hears of the end once: gets the answer and may change it, or None if there is none."""
-    parser: Callable[[], ChatParser] | None = None
-    """What reads a chat's answer; there when the prompt was made."""
+    chat: Callable[[], ChatPrompt] | None = None
+    """What a chat was written out as, when its prompt was made."""
     schema: Schema | None = None
     """What a chat's answer has to be."""
+    is_far: bool = False
+    """It is asked of another process."""
 
     @property
     def size(self) -> float:
-        """How much there is to tokenize."""
-        return math.inf if callable(self.prompt) else len(self.prompt)
+        """How much there is to tokenize; without end where nobody should wait for the way in."""
+        return math.inf if self.is_far or callable(self.prompt) else len(self.prompt)
 
 
 class Courier(threading.Thread):
@@ -145,7 +185,7 @@ class Courier(threading.Thread):
         begin(self)
         _couriers.add(self)
 
-    def send(self, request: Request, inbox: Inbox | LoopInbox) -> None:
+    def send(self, request: Request, inbox: Inbox | LoopInbox, is_watched: bool = True) -> None:
         """Submit a request. What is wrong with it is raised here, and then no event will come."""
         try:
             prompt = request.prompt() if callable(request.prompt) else request.prompt
@@ -155,7 +195,12 @@ class Courier(threading.Thread):
                 self._inboxes[request.id] = inbox
             if was_idle:
                 self.on_turn()
-            self._context.submit(request.id, prompt, request.params)
+            chat = None if request.chat is None else request.chat()
+            if chat is None or chat.is_plain:
+                self._context.submit(request.id, prompt, request.params)
+            else:
+                patience = _PATIENCE if is_watched else _NOT_BEFORE_THE_END
+                self._context.submit(request.id, prompt, request.params, chat, patience)
         except Exception:
             self._forget(request.id)
             raise
@@ -347,7 +392,8 @@ class _Goodbye:
     finish_reason: str = "error"
     stop: str | None = None
     stats: Mapping[str, float] | None = None
-    logprobs: Logprobs | None = None
+    logprobs: Logprobs = ()
+    read: Reading | None = None
 
 
 _couriers: WeakSet[Courier] = WeakSet()

@@ -24,7 +24,7 @@ from .errors import SessionFileError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from .model import _Base
+    from ._base import Base
 
 _MAGIC = b"TABAGENT SESSION "
 _FORMAT = b"1\n"
@@ -85,7 +85,7 @@ def _refusal(path: str | os.PathLike[str], what: str) -> SessionFileError:
     return SessionFileError(f"`{os.fsdecode(path)}` {what}")
 
 
-def identity_of(model: _Base) -> str:
+def identity_of(model: Base) -> str:
     """Tells model files apart without reading them: their header, and samples of the weights."""
     native = model._native
     if native is None:
@@ -105,12 +105,12 @@ def identity_of(model: _Base) -> str:
     return identity
 
 
-def forget_identity(model: _Base) -> None:
+def forget_identity(model: Base) -> None:
     """The model was loaded again, maybe from another file at the same path."""
     _identities.pop(model, None)
 
 
-def engine_of(model: _Base) -> dict[str, Any]:
+def engine_of(model: Base) -> dict[str, Any]:
     """On what the bytes of a state depend besides the model."""
     config = model.config
     return {

@@ -16,11 +16,10 @@ import copy
 import os
 import threading
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from ._courier import ChatParser, Request, request_ids
+from ._courier import ChatPrompt, Request, request_ids
 from ._options import ChatOptions
 from ._prompt import Message, checked_messages, sound_text, token_ids
 from .errors import InvalidRequestError, SessionFileError
@@ -31,33 +30,14 @@ from .stream import LONG_TEXT, AsyncTextStream, TextStream, settle
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from ._base import Base
     from ._session_file import SessionFile
-    from .model import _Base
-
-
-class ChatPrompt(Protocol):
-    """What `_core.ChatPrompt` and the prompt of a script have in common."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def stops(self) -> Sequence[str]: ...
-    @property
-    def preserved_tokens(self) -> Sequence[int]: ...
-    @property
-    def constraint(self) -> dict[str, Any] | None: ...
-    @property
-    def thinking(self) -> tuple[str, str] | None: ...
-    @property
-    def is_thinking(self) -> bool: ...
-    def parser(self, patience: int = 50) -> ChatParser: ...
-    def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None: ...
 
 
 class _Session:
     """Everything that needs no waiting."""
 
-    def __init__(self, model: _Base, system: str | None, fields: GenerationFields) -> None:
+    def __init__(self, model: Base, system: str | None, fields: GenerationFields) -> None:
         self._model = model
         self._system = None if system is None else sound_text(system)
         self._config = GenerationConfig().with_fields(**fields)
@@ -143,7 +123,7 @@ class _Session:
         SessionFile(facts, state).write(path)
 
     @classmethod
-    def _load(cls, model: _Base, path: str | os.PathLike[str]) -> Self:
+    def _load(cls, model: Base, path: str | os.PathLike[str]) -> Self:
         from ._session_file import SessionFile, identity_of
 
         file = SessionFile.read(path)
@@ -258,7 +238,7 @@ class Asked:
     """Messages on their way to the engine; the oldest turns stay behind if that was asked for."""
 
     def __init__(
-        self, model: _Base, messages: list[Message], options: ChatOptions, params: dict[str, Any]
+        self, model: Base, messages: list[Message], options: ChatOptions, params: dict[str, Any]
     ) -> None:
         self.params = params
         self.first = self.dropped_tokens = 0
@@ -288,9 +268,9 @@ class Asked:
         self.params["stop"] = (*self.params["stop"], *prompt.stops)
         return tokens
 
-    def parser(self) -> ChatParser:
+    def prompt(self) -> ChatPrompt:
         assert self._prompt is not None
-        return self._prompt.parser()
+        return self._prompt
 
     def end(self, completion: Completion | None) -> Completion | None:
         """The answer, with what it had to do without."""

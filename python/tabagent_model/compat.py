@@ -306,7 +306,7 @@ def _chunks(stream: Any, shape: Any) -> Iterator[dict[str, Any]]:
     with stream:
         yield from map(_theirs, shape.first(0))
         for piece in stream:
-            yield _theirs(shape.piece(0, piece))
+            yield _theirs(shape.piece(0, piece, stream.logprobs))
         yield _theirs(shape.last(0, stream.result))
 
 

@@ -224,13 +224,11 @@ class Source:
     memory_used_mb: Callable[[], float] = lambda: 0.0
 
 
-def logprobs_of(found: Logprobs | None) -> tuple[TokenLogprob, ...] | None:
-    """From what the core tells with the last event."""
-    if found is None:
-        return None
-    return tuple(
+def logprobs_of(found: Logprobs) -> list[TokenLogprob]:
+    """From what the core tells with an event."""
+    return [
         TokenLogprob(*chosen, top=tuple(TokenLogprob(*one) for one in top)) for chosen, top in found
-    )
+    ]
 
 
 def metrics_of(request_id: int, stats: Mapping[str, float], source: Source) -> InferenceMetrics:

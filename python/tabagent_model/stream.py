@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -24,6 +23,7 @@ from .results import (
     Completion,
     FinishReason,
     Source,
+    TokenLogprob,
     Usage,
     logprobs_of,
     metrics_of,
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from ._courier import ChatParser
     from .schema import Growing
 
 T = TypeVar("T")
@@ -51,7 +50,7 @@ class _Stream(Generic[Item, Result]):
     def __init__(self, courier: Courier, request: Request, source: Source, owner: object) -> None:
         self._courier = courier
         self._request = request
-        self._answer = ChatAnswer(request, source) if request.parser else Answer(request, source)
+        self._answer = ChatAnswer(request, source) if request.chat else Answer(request, source)
         self._items: deque[Item] = deque()
         """What has arrived and was not read yet."""
         self._owner = owner  # a model lives as long as its streams
@@ -70,6 +69,11 @@ class _Stream(Generic[Item, Result]):
     def tokens(self) -> tuple[int, ...]:
         """The ids that have been read so far."""
         return tuple(self._answer.tokens)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Of the tokens that have been read so far, if they were asked for."""
+        return self._answer.logprobs
 
     @property
     def result(self) -> Result:
@@ -119,7 +123,7 @@ class _SyncStream(_Stream[Item, Result]):
         """Done by `Model.stream`."""
         try:
             self._is_sent = True  # already now: Ctrl-C may strike on the way back
-            self._courier.send(self._request, self._inbox)
+            self._courier.send(self._request, self._inbox, self._answer.is_watched)
         except Exception:
             self._is_sent = False
             self._answer.give_up()
@@ -292,7 +296,7 @@ class _AsyncStream(_Stream[Item, Result]):
     def _send(self) -> None:
         assert self._inbox is not None
         try:
-            self._courier.send(self._request, self._inbox)
+            self._courier.send(self._request, self._inbox, self._answer.is_watched)
         except BaseException:
             self._answer.give_up()
             raise
@@ -354,6 +358,7 @@ class Answer:
     def __init__(self, request: Request, source: Source) -> None:
         self.pieces: list[str] = []
         self.tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self.is_over = False
         self.is_cancelled = False
         """By us: then its end is no error."""
@@ -371,9 +376,16 @@ class Answer:
         if event.text:
             self.pieces.append(event.text)
         self.tokens.extend(event.tokens)
+        if event.logprobs:
+            self._logprobs += logprobs_of(event.logprobs)
         if event.is_last:
             self._finish(event)
         return (event.text,) if event.text else ()
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        is_asked_for = self._request.params.get("logprobs") is not None
+        return tuple(self._logprobs) if is_asked_for else None
 
     def check(self) -> None:
         """Raise what the request died of, if it did."""
@@ -423,15 +435,13 @@ class Answer:
             model=self._source.model,
             seed=int(stats.get("seed", -1)),
             stop=event.stop,
-            logprobs=logprobs_of(event.logprobs),
+            logprobs=self.logprobs,
         )
 
 
 class ChatAnswer(Answer):
     """One that is read as its chat template means it."""
 
-    _num_fed = 0
-    """How many of the pieces the parser knows."""
     _deltas: Sequence[ChatDelta] = ()
 
     def __init__(self, request: Request, source: Source) -> None:
@@ -443,19 +453,17 @@ class ChatAnswer(Answer):
         self._deltas = ()
         super().take(event)
         self._reached.append((self._reached[-1][0] + len(event.text), len(self.tokens)))
-        if self.is_watched and not event.is_last:
-            self._deltas = self._feed()
+        if event.read is not None:
+            self._deltas = [*map(ChatDelta.read, event.read[0])]
+        elif event.text:
+            self._deltas = [ChatDelta(event.text)]
         return self._deltas
-
-    def _feed(self) -> list[ChatDelta]:
-        text, self._num_fed = "".join(self.pieces[self._num_fed :]), len(self.pieces)
-        return [ChatDelta.read(found) for found in self._parser.feed(text)] if text else []
 
     def _complete(self, event: Event) -> ChatCompletion:
         raw = super()._complete(event)
-        deltas = self._feed()
-        found, message = self._parser.finish(raw.finish_reason == "stop")
-        self._deltas = [*deltas, *map(ChatDelta.read, found)]
+        message = None if event.read is None else event.read[1]
+        if message is None:
+            message = {"content": raw.text, "reasoning": "", "tool_calls": [], "error": None}
         if message["reasoning"]:
             thoughts = self._num_tokens_of(message["reasoning"], raw.text)
             raw = replace(raw, usage=replace(raw.usage, reasoning_tokens=thoughts))
@@ -471,11 +479,6 @@ class ChatAnswer(Answer):
     def _num_tokens_until(self, position: int) -> int:
         at = bisect_left(self._reached, (position, 0))
         return self._reached[at][1] if at < len(self._reached) else len(self.tokens)
-
-    @cached_property
-    def _parser(self) -> ChatParser:
-        assert self._request.parser is not None
-        return self._request.parser()
 
 
 async def settle(future: Future[T], on_cancel: Callable[[], object] = lambda: None) -> T:
@@ -493,3 +496,10 @@ async def settle(future: Future[T], on_cancel: Callable[[], object] = lambda: No
         future.exception()  # looked at, so that asyncio does not complain about it
         raise cancelled
     return future.result()
+
+
+async def in_executor(function: Callable[[], T]) -> T:
+    """In a thread; it is waited for also by who is cancelled meanwhile."""
+    import asyncio
+
+    return await settle(asyncio.get_running_loop().run_in_executor(None, function))

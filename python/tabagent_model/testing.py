@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from re import DOTALL, findall, sub
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ._courier import ChatParser, Reading
 from .errors import (
     ContextLimitExceededError,
     GenerationTimeoutError,
@@ -25,7 +26,10 @@ from .errors import (
     TabAgentModelError,
 )
 from .params import GenerationConfig
-from .results import Logprob, Logprobs
+from .results import Logprobs
+
+if TYPE_CHECKING:
+    from ._core import Wire
 
 Prompt = str | Sequence[int]
 Lines = Iterable[str | TabAgentModelError]
@@ -44,7 +48,8 @@ class ScriptedEvent:
     stop: str | None = None
     error: Exception | None = None
     stats: dict[str, float] | None = None
-    logprobs: Logprobs | None = None
+    logprobs: Logprobs = ()
+    read: Reading | None = None
 
 
 class Submitted(NamedTuple):
@@ -66,6 +71,7 @@ class ScriptedPrompt:
     constraint: dict[str, Any] | None = None
     thinking: tuple[str, str] | None = None
     is_thinking: bool = False
+    is_plain: bool = False
 
     def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None:
         if not self.text.startswith(after or ""):
@@ -153,13 +159,21 @@ class ScriptedContext:
         self._changed = threading.Condition()
         self._owner: threading.Thread | None = None
 
-    def submit(self, request_id: int, prompt: Prompt, params: Mapping[str, Any]) -> None:
+    def submit(
+        self,
+        request_id: int,
+        prompt: Prompt,
+        params: Mapping[str, Any],
+        chat: Any = None,
+        patience: int = 50,
+    ) -> None:
         is_pin = params.get("pin", False)
         config = GenerationConfig.from_dict({k: v for k, v in params.items() if k not in _CORES})
         if is_pin:
             config = config.with_max_tokens(0)
         tokens = self.tokenize(prompt, config.add_bos) if isinstance(prompt, str) else [*prompt]
-        sequence = _Sequence(request_id, iter(self._lines(prompt)), config, len(tokens))
+        parser = None if chat is None else chat.parser(patience)
+        sequence = _Sequence(request_id, iter(self._lines(prompt)), config, len(tokens), parser)
         with self._changed:
             if self._is_closed:
                 raise ModelNotLoadedError("the scripted model is closed")
@@ -191,6 +205,9 @@ class ScriptedContext:
             self._changed.wait_for(lambda: self._events or self._is_closed)
             events, self._events = self._events, []
             return events
+
+    def tell_through(self, wire: Wire) -> None:
+        """Nothing: a script is in no hurry, and all its events come from `next_events`."""
 
     def check_thread(self) -> None:
         """Every thread may wait: a script has no logits hooks."""
@@ -368,11 +385,11 @@ class _Sequence:
     lines: Iterator[str | TabAgentModelError]
     config: GenerationConfig
     prompt_tokens: int
+    parser: ChatParser | None = None
     is_aborted: bool = False
     generated: int = 0
     begun: float = field(default_factory=time.perf_counter)
     first_token_ms: float = 0.0
-    logprobs: list[tuple[Logprob, list[Logprob]]] = field(default_factory=list)
 
     def next_event(self, token_of: Callable[[str], int], n_ctx: int) -> ScriptedEvent:
         limit = n_ctx - self.prompt_tokens
@@ -395,10 +412,13 @@ class _Sequence:
         self.first_token_ms = self.first_token_ms or self._elapsed_ms()
         tokens = [token_of(line)]
         certain = (tokens[0], line, 0.0)
-        self.logprobs.append((certain, [certain] if self.config.logprobs else []))
+        logprobs: Logprobs = ()
+        if self.config.logprobs is not None:
+            logprobs = [(certain, [certain] if self.config.logprobs else [])]
         if self.generated == limit:
-            return self.last("length", text=line, tokens=tokens)
-        return ScriptedEvent(self.request_id, line, tokens)
+            return self.last("length", text=line, tokens=tokens, logprobs=logprobs)
+        read = None if self.parser is None else (self.parser.feed(line), None)
+        return ScriptedEvent(self.request_id, line, tokens, logprobs=logprobs, read=read)
 
     def last(
         self,
@@ -406,6 +426,7 @@ class _Sequence:
         *,
         text: str = "",
         tokens: Sequence[int] = (),
+        logprobs: Logprobs = (),
         error: Exception | None = None,
     ) -> ScriptedEvent:
         total_ms = self._elapsed_ms()
@@ -424,7 +445,11 @@ class _Sequence:
             "gap_p50_ms": 0.0,
             "gap_p99_ms": 0.0,
         }
-        logprobs = None if self.config.logprobs is None else self.logprobs
+        read: Reading | None = None
+        if self.parser is not None:
+            deltas = self.parser.feed(text)
+            rest, message = self.parser.finish(reason == "stop")
+            read = [*deltas, *rest], message
         return ScriptedEvent(
             self.request_id,
             text,
@@ -434,6 +459,7 @@ class _Sequence:
             error=error,
             stats=stats,
             logprobs=logprobs,
+            read=read,
         )
 
     def _elapsed_ms(self) -> float:

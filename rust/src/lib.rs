@@ -24,3 +24,5 @@ pub mod log;
 pub mod model;
 #[cfg(feature = "python")]
 mod py;
+#[cfg(unix)]
+pub mod wire;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use tabagent_model::config::{GenerationConfig, LogitsHook, Overflow, Priority};
 use tabagent_model::context::message::FinishReason::{Cancelled, Length, Stop};
-use tabagent_model::context::message::{Event, FinishReason};
+use tabagent_model::context::message::{Event, FinishReason, TokenLogprobs};
 use tabagent_model::context::runner::{Interrupt, Row};
 use tabagent_model::context::{Capacity, Context, Prompt, SlotView};
 use tabagent_model::error::Error;
@@ -187,17 +187,19 @@ fn a_stop_token_ends_the_text_before_it() {
 }
 
 #[test]
-fn each_token_has_its_logprobs_with_the_last_event() {
+fn each_token_comes_with_its_logprobs() {
     let mut engine = Engine::new(Setup::default());
     engine.submit(1, &[10], GenerationConfig { logprobs: Some(1), ..at_most(3) });
     engine.submit(2, &[20], at_most(3));
     engine.answers([1, 2]);
-    let told = engine.logprobs(1).unwrap();
-    let tokens: Vec<i32> = told.iter().map(|each| each.chosen.token).collect();
-    assert_eq!(tokens, [11, 12, 13]);
+    let told = engine.logprobs(1);
+    let ids = |told: &[TokenLogprobs]| told.iter().map(|each| each.chosen.token).collect();
+    let tokens: Vec<Vec<i32>> = told.iter().map(|event| ids(event)).collect();
+    assert_eq!(tokens, [[11], [12], [13]]);
+    let told = told.concat();
     assert!(told.iter().all(|each| each.top == [each.chosen.clone()] && each.chosen.logprob < 0.0));
     assert_eq!(told[0].chosen.text, text_of(&[11]));
-    assert_eq!(engine.logprobs(2), None);
+    assert_eq!(engine.logprobs(2).concat(), []);
 }
 
 // ---- crowds ----------------------------------------------------------------------------------

@@ -186,7 +186,11 @@ def test_events_arrive_as_they_were():
     pieces = RemoteEvent(7, "a", [1, 2])
     logprobs = [[[1, "a", -0.5], [[1, "a", -0.5]]]]
     end = RemoteEvent(7, "", [], True, "stop", ".", None, {"total_ms": 1.5}, logprobs)
-    assert [event_of(told_of(event)) for event in (pieces, end)] == [pieces, end]
+    deltas = [["content", "a"], ["tool_call", 0, "id", "name", "{"]]
+    read = RemoteEvent(7, "a", [1], logprobs=logprobs, read=(deltas, None))
+    whole = end._replace(read=([], {"content": "a"}))
+    events = (pieces, end, read, whole)
+    assert [event_of(told_of(event)) for event in events] == [*events]
     failed = RemoteEvent(8, "", [], True, "error", error=QueueFullError("full"))
     twin = event_of(told_of(failed))
     assert (type(twin.error), twin._replace(error=failed.error)) == (QueueFullError, failed)
@@ -195,13 +199,14 @@ def test_events_arrive_as_they_were():
 def test_the_news_of_a_step_arrives_as_it_was_told():
     texts = ["", " a", 'Ünï "quoted" \\ 字 🙂\n\t\x00\x7f\u2028']
     events = [RemoteEvent(number, text, [number, 7]) for number, text in enumerate(texts)]
+    events.append(RemoteEvent(8, "b", [1], read=([["content", "b"]], None)))
     events.append(RemoteEvent(9, "end", [], True, "stop", stats={"seed": 1.0}))
     here, there = map(Wire, socket.socketpair())
-    here.tell(events)
+    here.send({"events": [*map(told_of, events)]})
     message = there.receive(5) or {}
     assert [event_of(told) for told in message["events"]] == events
     with pytest.raises(errors.TokenizationError, match="half a surrogate pair"):
-        here.tell([RemoteEvent(1, "\ud800", [])])
+        here.send({"events": [told_of(RemoteEvent(1, "\ud800", []))]})
     for wire in (here, there):
         wire.close()
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tabagent_model import (
 )
 from tabagent_model.isolation import child as starting
 from tabagent_model.params import BUNDLED_MODEL
+from tabagent_model.stream import ChatStream
 from workers import ANSWER, VALUES, children, is_alive, pid_of, until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no workers here")
@@ -90,25 +92,38 @@ def test_values_of_every_kind_travel_both_ways(model: Model):
     assert native.echo(big) == ((big,), {})
 
 
-def test_a_parser_is_not_asked_for_every_piece(model: Model):
-    parser: Any = model._native.parser()  # type: ignore[union-attr]
-    deltas = [parser.feed(letter) for letter in "abc" * 50]
-    assert deltas[0] == [("content", "a")]
-    assert [] in deltas
-    rest, message = parser.finish(False)
-    assert "".join(text for found in (*deltas, rest) for _, text in found) == "abc" * 50 + "!"
-    assert message == {"pieces": "abc" * 50, "complete": False}
+def test_what_a_chat_means_is_read_in_the_worker(model: Model):
+    with model.stream_chat("think") as deltas:
+        found = list(deltas)
+    assert deltas.text == "<think>Hm</think>" + ANSWER
+    assert (deltas.result.reasoning, deltas.result.content) == ("Hm", ANSWER)
+    assert "".join(delta.reasoning for delta in found) == "Hm"
+    assert "".join(delta.content for delta in found) == ANSWER
+    assert model.chat("think") == deltas.result
 
 
-def test_an_answer_that_is_only_content_is_read_here(model: Model):
-    parser: Any = model._native.prompt().parser()  # type: ignore[union-attr]
-    assert [parser.feed(piece) for piece in ("a", "", "b")] == [
-        [("content", "a")],
-        [],
-        [("content", "b")],
-    ]
-    whole = {"content": "ab", "reasoning": "", "tool_calls": [], "error": None}
-    assert parser.finish(False) == ([], whole)
+def test_a_chat_that_is_content_only_comes_as_text(model: Model):
+    with model.stream_chat("plain") as deltas:
+        assert [delta.content for delta in deltas] == ["One", ", two", "."]
+    assert (deltas.result.content, deltas.result.reasoning) == (ANSWER, None)
+
+
+def test_a_prompt_of_a_worker_that_died_is_written_out_again(model: Model):
+    request = model._chat_request("think", None, {})
+    request.prompt()  # type: ignore[operator]
+    first = pid_of(model)
+    os.kill(first, signal.SIGKILL)
+    assert until(lambda: pid_of(model) != first)
+    again = replace(request, prompt="think")
+    answer = ChatStream(model._open_courier, again, model._source, model).collect()
+    assert (answer.reasoning, answer.content) == ("Hm", ANSWER)
+
+
+def test_logprobs_come_with_their_tokens(model: Model):
+    with model.stream("Count", logprobs=1) as pieces:
+        told = [len(pieces.logprobs or ()) for _ in pieces]
+    assert told == [1, 2, 3]
+    assert [one.text for one in pieces.result.logprobs or ()] == ["One", ", two", "."]
 
 
 def test_only_public_methods_can_be_called(model: Model):
@@ -140,7 +155,7 @@ def test_the_worker_has_a_socket_and_nothing_else_of_ours(model: Model, tmp_path
         found = dict(model._native.open_files())  # type: ignore[union-attr]
     assert (found.pop(0), found.pop(1)) == ("/dev/null", "/dev/null")
     assert "memfd" in found.pop(2)
-    kinds = sorted(path.partition(":")[0] for path in found.values())
+    kinds = sorted(path.partition(":")[0] for path in {*found.values()})
     # Its own copy of the notes, for the last line of the log.
     assert kinds == ["/memfd", "socket"]
 

@@ -144,9 +144,14 @@ def test_a_completion_goes_on_with_a_prompt(client: openai.OpenAI, tiny_model: M
     assert answer.choices[0].logprobs.tokens is not None
     assert "".join(answer.choices[0].logprobs.tokens) == expected.text
     stream = client.completions.create(
-        prompt="Once upon a time", stream=True, max_tokens=12, **GREEDY
+        prompt="Once upon a time", stream=True, echo=True, logprobs=2, max_tokens=12, **GREEDY
     )
-    assert "".join(chunk.choices[0].text for chunk in stream) == expected.text
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert "".join(chunk.text for chunk in chunks) == "Once upon a time" + expected.text
+    told = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        pieces = [piece for each in told for piece in getattr(each, name)]
+        assert pieces == getattr(answer.choices[0].logprobs, name)
 
 
 def test_logprobs_are_told_for_each_token(client: openai.OpenAI):
@@ -157,6 +162,13 @@ def test_logprobs_are_told_for_each_token(client: openai.OpenAI):
     assert logprobs is not None and logprobs.content is not None
     assert "".join(token.token for token in logprobs.content) == answer.choices[0].message.content
     assert [len(token.top_logprobs) for token in logprobs.content] == [3] * len(logprobs.content)
+    chunks = client.chat.completions.create(
+        messages=FRANCE, stream=True, logprobs=True, top_logprobs=3, **GREEDY
+    )
+    streamed = [chunk.choices[0].logprobs for chunk in chunks]
+    told = [found.content for found in streamed if found is not None and found.content]
+    assert len(told) > 1
+    assert [token for content in told for token in content] == logprobs.content
 
 
 def test_a_tool_is_called_and_its_answer_is_read(client: openai.OpenAI):

@@ -12,7 +12,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,10 +146,10 @@ class Border:
     def open(self, face: type[M]) -> M:
         return face(self, self._native)
 
-    def submit(self, request_id: int, prompt: Any, params: Mapping[str, Any]) -> None:
+    def submit(self, request_id: int, prompt: Any, params: Any, *chat: Any) -> None:
         self._inside.add(request_id)
         try:
-            self._context.submit(request_id, prompt, params)
+            self._context.submit(request_id, prompt, params, *chat)
         except BaseException:
             self._inside.remove(request_id)
             raise

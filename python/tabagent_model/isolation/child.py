@@ -12,7 +12,6 @@ import os
 import socket
 import subprocess
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -85,11 +84,6 @@ class Child:
     @property
     def pid(self) -> int:
         return self._process.pid
-
-    @property
-    def is_silent(self) -> bool:
-        """It was asked and did not answer at once."""
-        return self._silent_s > 0
 
     @property
     def is_over(self) -> bool:
@@ -294,8 +288,8 @@ class Child:
             answer(unpack(message["value"], message.get("data", ()), self._object), None)
 
     def _object(self, described: Message) -> RemoteObject:
-        kind = _KINDS.get(described["kind"], RemoteObject)
-        return kind(self, described)
+        is_prompt = described["kind"] == "ChatPrompt"
+        return (RemotePrompt if is_prompt else RemoteObject)(self, described)
 
     def _note_silence(self, seconds: float) -> None:
         self._silent_s = self._silent_s + seconds if seconds else 0.0
@@ -363,62 +357,17 @@ class RemoteObject:
 class RemotePrompt(RemoteObject):
     """A conversation that was written out."""
 
-    def parser(self, patience: int = 50) -> RemoteParser | PlainParser:
-        """Reads an answer. Where that needs nothing of the model, nobody is asked: an event loop
-        with many streams would do nothing else than wait for that."""
-        if self._facts.get("is_plain"):
-            return PlainParser()
-        parser: RemoteParser = self._ask("parser", patience)
-        return parser
+    rendered_from: Sequence[Any] = ()
+    """What another worker can write it out from again."""
 
     def tokens(self, after: str | None = None, limit: int | None = None) -> list[int] | None:
         """All of them came along, unless they are too many for the context."""
         ids: list[int] | None = self._facts.get("ids") if after is None else None
         return self._ask("tokens", after, limit) if ids is None else ids
 
-
-class RemoteParser(RemoteObject):
-    """Reads an answer piece by piece. It is asked for a fiftieth of the time at most, as it parses
-    in this process: what comes meanwhile is held back."""
-
-    def __init__(self, child: Child, described: Message) -> None:
-        super().__init__(child, described)
-        self._text = ""
-        self._rests_until = 0.0
-
-    def feed(self, text: str) -> list[Any]:
-        self._text += text
-        if (begun := time.monotonic()) < self._rests_until:
-            return []
-        found: list[Any] = self._ask("feed", self._text)
-        self._text = ""
-        now = time.monotonic()
-        self._rests_until = now + 50 * (now - begun)
-        return found
-
-    def finish(self, is_complete: bool = True) -> tuple[list[Any], Any]:
-        found: list[Any] = self._ask("feed", self._text) if self._text else []
-        self._text = ""
-        rest, message = self._ask("finish", is_complete)
-        return found + rest, message
-
-
-class PlainParser:
-    """Reads an answer that is content and nothing else."""
-
-    def __init__(self) -> None:
-        self._pieces: list[str] = []
-
-    def feed(self, text: str) -> list[Any]:
-        self._pieces.append(text)
-        return [("content", text)] if text else []
-
-    def finish(self, is_complete: bool = True) -> tuple[list[Any], Any]:
-        content = "".join(self._pieces)
-        return [], {"content": content, "reasoning": "", "tool_calls": [], "error": None}
-
-
-_KINDS: dict[str, type[RemoteObject]] = {"ChatPrompt": RemotePrompt, "ChatParser": RemoteParser}
+    def told_to(self, child: Child) -> int | list[Any]:
+        """As a message names it."""
+        return self._number if child is self._child else [*self.rendered_from]
 
 
 def calling(

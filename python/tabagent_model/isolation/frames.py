@@ -13,12 +13,15 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import errors
-from .._courier import begin
+from .._courier import Reading, begin
 from ..errors import InternalError, ProtocolError, TabAgentModelError, TokenizationError
 from ..results import Logprobs
+
+if TYPE_CHECKING:
+    from .. import _core
 
 PROTOCOL = 1
 MAX_FRAME = 64 * 2**20
@@ -29,10 +32,14 @@ Answer = Callable[[Any, Exception | None], None]
 
 
 class Wire:
-    """One end of a connection. Any thread may send; one at a time receives."""
+    """One end of a connection. Any thread may send; one at a time receives.
 
-    def __init__(self, sock: socket.socket) -> None:
+    `through` sends in its place, where not only Python does.
+    """
+
+    def __init__(self, sock: socket.socket, through: _core.Wire | None = None) -> None:
         self._socket = sock
+        self._through = through
         self._sending = threading.Lock()
         self._waits: float | None = None
         self._arrived = bytearray()
@@ -44,25 +51,11 @@ class Wire:
     def send(self, message: Mapping[str, Any], data: Sequence[bytes] = ()) -> None:
         if data:
             message = {**message, "data": [len(each) for each in data]}
-        self._send_text(_encode(message), data)
-
-    def tell(self, events: Sequence[Any]) -> None:
-        """Send the news of a step. This is run for every token, and whenever it is, the engine has
-        just filled the caches with other things: so it takes as little code as can be."""
-        told = [
-            _encode(told_of(event))
-            if event.is_last
-            else f"[{event.request_id},{_quoted(event.text)},{[*event.tokens]}]"
-            for event in events
-        ]
-        self._send_text(f'{{"events":[{",".join(told)}]}}', ())
-
-    def _send_text(self, text: str, data: Sequence[bytes]) -> None:
         try:
-            body = text.encode()
+            body = _encode(message).encode()
         except UnicodeEncodeError as error:
-            message = f"the text holds half a surrogate pair at index {error.start}"
-            raise TokenizationError(message) from None
+            said = f"the text holds half a surrogate pair at index {error.start}"
+            raise TokenizationError(said) from None
         if len(body) > MAX_FRAME:
             raise ProtocolError(f"a message of {len(body)} bytes exceeds {MAX_FRAME}")
         frame = _LENGTH.pack(len(body)) + body
@@ -111,6 +104,9 @@ class Wire:
         self._socket.close()
 
     def _send(self, frame: bytes, data: Sequence[bytes]) -> None:
+        if self._through is not None:
+            self._through.send([frame, *data])
+            return
         with self._sending:
             for each in (frame, *data):
                 self._socket.sendall(each, _WITHOUT_SIGPIPE)
@@ -168,23 +164,24 @@ class RemoteEvent(NamedTuple):
     stop: str | None = None
     error: BaseException | None = None
     stats: Mapping[str, float] | None = None
-    logprobs: Logprobs | None = None
+    logprobs: Logprobs = ()
+    read: Reading | None = None
 
 
 def told_of(event: Any) -> list[Any]:
     """An event as a message tells it."""
-    told = [event.request_id, event.text, event.tokens]
+    deltas, message = event.read or (None, None)
+    more: Message = {"logprobs": event.logprobs or None, "deltas": deltas, "message": message}
     if event.is_last:
         error = event.error
-        end = {
+        more |= {
             "reason": event.finish_reason,
             "stop": event.stop,
             "error": None if error is None else told_error(error),
             "stats": event.stats,
-            "logprobs": event.logprobs,
         }
-        told.append({name: value for name, value in end.items() if value is not None})
-    return told
+    more = {name: value for name, value in more.items() if value is not None}
+    return [event.request_id, event.text, event.tokens, *([more] if more else [])]
 
 
 def event_of(told: Any) -> RemoteEvent:
@@ -195,13 +192,23 @@ def event_of(told: Any) -> RemoteEvent:
         raise ProtocolError(f"no event: {told!r:.60}")
     if len(told) == 3:
         return RemoteEvent(request_id, text, tokens)
-    end = told[3]
-    if type(end) is not dict:
-        raise ProtocolError(f"no end of a request: {end!r:.60}")
-    error = error_of(end["error"]) if "error" in end else None
-    stop, stats, logprobs = end.get("stop"), end.get("stats"), end.get("logprobs")
-    reason = end.get("reason")
-    return RemoteEvent(request_id, text, tokens, True, reason, stop, error, stats, logprobs)
+    more = told[3]
+    if type(more) is not dict:
+        raise ProtocolError(f"nothing more of an event: {more!r:.60}")
+    error = error_of(more["error"]) if "error" in more else None
+    read = (more["deltas"], more.get("message")) if "deltas" in more else None
+    return RemoteEvent(
+        request_id,
+        text,
+        tokens,
+        is_last="reason" in more,
+        finish_reason=more.get("reason"),
+        stop=more.get("stop"),
+        error=error,
+        stats=more.get("stats"),
+        logprobs=more.get("logprobs", ()),
+        read=read,
+    )
 
 
 def told_error(error: BaseException) -> Message:
@@ -292,7 +299,6 @@ _BUILTIN = (
     *("NotImplementedError", "OSError", "OverflowError", "RuntimeError", "TypeError", "ValueError"),
 )
 _encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
-_quoted = json.encoder.encode_basestring
 _scan = json.JSONDecoder().raw_decode
 
 

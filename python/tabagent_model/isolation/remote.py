@@ -104,6 +104,11 @@ class RemoteModel(_Remote):
 
         return asked
 
+    def render_chat(self, *asked: Any) -> Any:
+        prompt = self._keeper.call("model", "render_chat", asked)
+        prompt.rendered_from = asked
+        return prompt
+
     @property
     def is_loaded(self) -> bool:
         return not self._keeper.is_closed
@@ -160,14 +165,24 @@ class RemoteContext(_Remote):
     def is_closed(self) -> bool:
         return self._keeper.is_closed
 
-    def submit(self, request_id: int, prompt: Any, params: Mapping[str, Any]) -> None:
-        self._keeper.submit(request_id, prompt, params)
+    def submit(
+        self,
+        request_id: int,
+        prompt: Any,
+        params: Mapping[str, Any],
+        chat: Any = None,
+        patience: int = 50,
+    ) -> None:
+        self._keeper.submit(request_id, prompt, params, chat, patience)
 
     def abort(self, request_id: int) -> None:
         self._keeper.abort(request_id)
 
     def next_events(self) -> list[RemoteEvent]:
         return self._keeper.next_events()
+
+    def tell_through(self, wire: _core.Wire) -> None:
+        """Nothing: the worker does so."""
 
     def check_thread(self) -> None:
         """Every thread may wait: no logits hook runs here."""

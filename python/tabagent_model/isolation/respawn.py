@@ -33,7 +33,7 @@ from ..errors import (
     TabAgentModelError,
     WorkerCrashedError,
 )
-from .child import Child, calling
+from .child import Child, RemotePrompt, calling
 from .frames import Message, RemoteEvent, pack
 from .spawn import disown
 
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("tabagent_model")
 
 TICK_S = 1.0
-# How long an event loop may wait until a request is accepted. What is wrong with it is then told as
-# its end, instead of being raised at once.
-LATE_S = 0.25
 # Before the second start within a minute; the first is at once, and the third crash is the last.
 BACKOFF_S = 1.0
 # Until a pin is tried again for which the new worker had no place.
@@ -104,13 +101,20 @@ class Keeper:
     def num_held(self) -> int:
         return sum(request.is_held for request in list(self._requests.values()))
 
-    def submit(self, request_id: int, prompt: Any, params: Mapping[str, Any]) -> None:
+    def submit(
+        self,
+        request_id: int,
+        prompt: Any,
+        params: Mapping[str, Any],
+        chat: RemotePrompt | None,
+        patience: int,
+    ) -> None:
         if params.get("logits_hook") is not None:
             message = "`logits_hook` is a function, and cannot travel to the worker process"
             raise InvalidRequestError(
                 message, hint="load the model with `isolation='none'`", name="logits_hook"
             )
-        request = _Request(prompt, params)
+        request = _Request(prompt, params, chat, patience)
         with self._open():
             child = self._living
             if child is None:
@@ -119,7 +123,8 @@ class Keeper:
             self._requests[request_id] = request
         try:
             self._send(child, request_id, request)
-            self._settle(child, request_id, request)
+            if (refused := request.reply.get()) is not None:
+                raise refused
         except Exception as error:
             self._requests.pop(request_id, None)
             raise self._told(error) from None
@@ -260,6 +265,8 @@ class Keeper:
             "prompt": request.prompt,
             "params": pack(request.left() if request.is_in else request.params, data),
         }
+        if request.chat is not None:
+            question |= {"chat": request.chat.told_to(child), "patience": request.patience}
         child.ask(question, lambda _, error: self._answered(request_id, request, error), data)
 
     def _answered(self, request_id: int, request: _Request, error: Exception | None) -> None:
@@ -269,20 +276,6 @@ class Keeper:
                 request.reply.put(error)
             elif error is not None:
                 self._end(request_id, _failed(request_id, error))
-
-    def _settle(self, child: Child, request_id: int, request: _Request) -> None:
-        """Wait until it is accepted; an event loop does not wait for long."""
-        patience: float | None = None
-        if runs_an_event_loop():
-            patience = 0.0 if child.is_silent else LATE_S
-        try:
-            error = request.reply.get(timeout=patience)
-        except Empty:
-            with self._changed:
-                request.is_in = True
-                error = None if request.reply.empty() else request.reply.get()
-        if error is not None:
-            raise error
 
     def _hold(self, request_id: int, request: _Request) -> None:
         if self.num_held() >= self.config.queue_size:
@@ -461,6 +454,8 @@ class _Request:
 
     prompt: str | Sequence[int]
     params: Mapping[str, Any]
+    chat: RemotePrompt | None = None
+    patience: int = 50
     submitted: float = field(default_factory=time.monotonic)
     reply: SimpleQueue[Exception | None] = field(default_factory=SimpleQueue)
     is_held: bool = False

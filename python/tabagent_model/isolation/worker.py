@@ -28,7 +28,7 @@ from ..errors import InvalidRequestError, ProtocolError, TabAgentModelError
 from ..params import ModelConfig
 from ..placement._ledger import LEDGER
 from ..stream import LONG_TEXT
-from .frames import PROTOCOL, Message, Wire, pack, told_error, unpack
+from .frames import PROTOCOL, Message, Wire, pack, told_error, told_of, unpack
 from .memory import Books
 
 if TYPE_CHECKING:
@@ -43,14 +43,18 @@ def main(arguments: Sequence[str], load: Load = load_here) -> None:
     _end_with(int(parent))
     _be_the_first_to_go()
     _core.keep_last_line(sys.stderr.fileno())
-    Worker(Wire(socket.socket(fileno=int(descriptor))), load, float(every)).serve()
+    through = _core.Wire(int(descriptor))
+    Worker(
+        Wire(socket.socket(fileno=int(descriptor)), through), through, load, float(every)
+    ).serve()
 
 
 class Worker:
     """One engine and what it was asked."""
 
-    def __init__(self, wire: Wire, load: Load, beat_s: float) -> None:
+    def __init__(self, wire: Wire, through: _core.Wire, load: Load, beat_s: float) -> None:
         self._wire = wire
+        self._through = through
         self._load = load
         self._beat_s = beat_s
         self._objects: dict[int | str, Any] = {"memory": Books()}
@@ -129,6 +133,7 @@ class Worker:
         books = Books(model)
         self._objects |= {"model": model, "context": context, "memory": books}
         if context is not None:
+            context.tell_through(self._through)
             self._start(self._tell_events)
         described = _described(model)
         described["facts"]["placement"] = pack(placement_of(model), [])
@@ -144,7 +149,16 @@ class Worker:
 
     def _submit(self, message: Message) -> None:
         params = unpack(message["params"], message.get("data", ()))
-        self._objects["context"].submit(message["request"], message["prompt"], params)
+        asked = message["request"], message["prompt"], params
+        chat = message.get("chat")
+        if chat is None:
+            self._objects["context"].submit(*asked)
+            return
+        if type(chat) is list:
+            chat = self._objects["model"].render_chat(*chat)
+        else:
+            chat = self._objects[chat]
+        self._objects["context"].submit(*asked, chat, message["patience"])
 
     def _call(self, message: Message) -> Any:
         data, method = message.get("data", ()), message["method"]
@@ -173,7 +187,7 @@ class Worker:
     def _tell_events(self) -> None:
         context = self._objects["context"]
         while events := context.next_events():
-            self._wire.tell(events)
+            self._wire.send({"events": [*map(told_of, events)]})
 
     def _tell_logs(self) -> None:
         _forward_own_words()

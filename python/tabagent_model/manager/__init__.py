@@ -25,8 +25,9 @@ from ..errors import (
     ModelNotLoadedError,
     QueueTimeoutError,
 )
-from ..model import AsyncModel, Model, _config_of, _in_executor
+from ..model import AsyncModel, Model, _config_of
 from ..params import ModelConfig, ModelFields, Priority, checked_whole
+from ..stream import in_executor
 from ._keeper import Keeper, M, ManagedModel, ModelUsage, OnEvent, Teller
 from ._needs import Estimate, checked_needs
 from ._pool import PRIORITIES, Member, Needs, Pool, Ticket, Wish
@@ -386,7 +387,7 @@ class AsyncModelManager(_Manager[AsyncModel], metaclass=_OnePerProcess):
         """As `ModelManager.load_model`."""
         ticket = self._ticket("load", name, _task(), keep_alive=keep_alive)
         if preload:
-            await _in_executor(lambda: self._keeper.measure(ticket))
+            await in_executor(lambda: self._keeper.measure(ticket))
             self._keeper.ask(ticket)
             return None
         try:
@@ -421,14 +422,14 @@ class AsyncModelManager(_Manager[AsyncModel], metaclass=_OnePerProcess):
     async def close(self) -> None:
         """As `ModelManager.close`."""
         self._keeper.close()
-        await _in_executor(self._keeper.wait_until_ended)
+        await in_executor(self._keeper.wait_until_ended)
 
     async def _wait(self, ticket: Ticket, timeout_s: float | None) -> AsyncModel:
         import asyncio
 
         timeout_s = _checked_timeout(timeout_s)
         if self._keeper.is_to_be_measured(ticket):
-            await _in_executor(lambda: self._keeper.measure(ticket))
+            await in_executor(lambda: self._keeper.measure(ticket))
         answer = asyncio.wrap_future(self._keeper.ask(ticket))
         try:
             done, _ = await asyncio.wait([answer], timeout=timeout_s)

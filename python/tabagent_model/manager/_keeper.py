@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import logging
     from concurrent.futures import Future
 
-    from ..model import _Base
+    from .._base import Base
     from ._snapshots import Snapshots
 
 M = TypeVar("M", Model, AsyncModel)
@@ -440,7 +440,7 @@ class Teller(threading.Thread):
                     _log().exception("`on_event` failed")
 
 
-def _with_usage_of(model: _Base, usage: ModelUsage) -> ModelUsage:
+def _with_usage_of(model: Base, usage: ModelUsage) -> ModelUsage:
     if not model.is_loaded or model._context is None:
         return usage
     counted = model.metrics()

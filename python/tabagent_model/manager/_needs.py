@@ -15,8 +15,8 @@ from ..params import ModelConfig, checked_whole
 from ._pool import ANYWHERE, Needs
 
 if TYPE_CHECKING:
+    from .._base import Base
     from ..hardware import Machine
-    from ..model import _Base
     from ..placement._estimate import Share
 
 Estimate = Callable[[ModelConfig], int | Mapping[str, int]]
@@ -34,7 +34,7 @@ def before_load(config: ModelConfig, estimate: Estimate | None) -> Needs:
     return _taken(placement.estimate(config, machine=_machine(config)).shares)
 
 
-def after_load(model: _Base, estimate: Estimate | None) -> Needs:
+def after_load(model: Base, estimate: Estimate | None) -> Needs:
     """With what was chosen for the model, or as the ledger has it."""
     config, context = model.config, model._context
     if estimate is None:

@@ -15,8 +15,8 @@ from .._session_file import engine_of, forget_identity, identity_of
 from ..errors import TabAgentModelError
 
 if TYPE_CHECKING:
+    from .._base import Base
     from ..chat import _Session
-    from ..model import _Base
 
 Where = Literal["memory", "disk"]
 
@@ -28,7 +28,7 @@ class Snapshots:
         self._where = where
         self._kept: WeakKeyDictionary[_Session, _Snapshot] = WeakKeyDictionary()
 
-    def save(self, model: _Base) -> None:
+    def save(self, model: Base) -> None:
         """Before a model is unloaded. A session whose state cannot be kept computes it again."""
         for session in list(model._sessions):
             try:
@@ -36,7 +36,7 @@ class Snapshots:
             except (TabAgentModelError, OSError, MemoryError) as error:
                 _log.warning("a session's state is not kept: %s", error)
 
-    def restore(self, model: _Base) -> None:
+    def restore(self, model: Base) -> None:
         """After a model was loaded again."""
         forget_identity(model)  # another file may lie at the path by now
         for session in list(model._sessions):
@@ -47,7 +47,7 @@ class Snapshots:
                 except (TabAgentModelError, OSError, MemoryError) as error:
                     _log.warning("a session's state is computed again: %s", error)
 
-    def _save(self, model: _Base, session: _Session) -> None:
+    def _save(self, model: Base, session: _Session) -> None:
         with session._lock:
             tokens, is_idle = session._known.tokens, session._turn is None
             is_ours = session._spoken_by is model._native
@@ -61,7 +61,7 @@ class Snapshots:
 class _Snapshot:
     """The state of one session, and what it belongs to."""
 
-    def __init__(self, model: _Base, tokens: list[int], state: bytes, is_on_disk: bool) -> None:
+    def __init__(self, model: Base, tokens: list[int], state: bytes, is_on_disk: bool) -> None:
         self._tokens = tokens
         self._identity, self._engine = identity_of(model), engine_of(model)
         self._state: bytes | None = None if is_on_disk else state
@@ -71,7 +71,7 @@ class _Snapshot:
             self._file.write(state)
             self._file.flush()
 
-    def restore(self, model: _Base, session: _Session) -> None:
+    def restore(self, model: Base, session: _Session) -> None:
         with session._lock:
             if self._identity != identity_of(model) or session._known.tokens is not self._tokens:
                 return

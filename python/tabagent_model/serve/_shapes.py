@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..results import TokenLogprob
     from .progress import PromptProgress
 
+Logprobs = Sequence["TokenLogprob"] | None
 D = TypeVar("D")
 R = TypeVar("R", bound=Completion)
 
@@ -30,6 +31,8 @@ class _Shape(Generic[D, R]):
         self._n = n
         self._tail: dict[str, Any] = {"usage": None} if includes_usage else {}
         self.includes_usage = includes_usage
+        self._num_told: dict[int, int] = {}
+        """How many logprobs of each answer were told."""
         self._head = {
             "id": f"{self.prefix}-{uuid4().hex}",
             "created": int(time.time()),
@@ -53,7 +56,8 @@ class _Shape(Generic[D, R]):
         """What is told before there is a word of the answer."""
         raise NotImplementedError
 
-    def piece(self, index: int, delta: D) -> dict[str, Any]:
+    def piece(self, index: int, delta: D, logprobs: Logprobs = None) -> dict[str, Any]:
+        """`logprobs` are those of all that was read so far; what is new of them is told."""
         raise NotImplementedError
 
     def progress(self, index: int, progress: PromptProgress) -> dict[str, Any]:
@@ -68,6 +72,12 @@ class _Shape(Generic[D, R]):
         """What all answers have cost, after the last of them."""
         usage = usage_of(results, self._n)
         return {"object": self.chunk_object, **self._head, "choices": [], "usage": usage}
+
+    def _untold(self, index: int, logprobs: Logprobs) -> Logprobs:
+        if logprobs is None:
+            return None
+        begin, self._num_told[index] = self._num_told.get(index, 0), len(logprobs)
+        return logprobs[begin:] or None
 
     def _choice(self, index: int, result: R) -> dict[str, Any]:
         raise NotImplementedError
@@ -95,7 +105,7 @@ class ChatShape(_Shape[ChatDelta, ChatCompletion]):
     def first(self, index: int) -> list[dict[str, Any]]:
         return [self._delta(index, {"role": "assistant", "content": ""})]
 
-    def piece(self, index: int, delta: ChatDelta) -> dict[str, Any]:
+    def piece(self, index: int, delta: ChatDelta, logprobs: Logprobs = None) -> dict[str, Any]:
         told: dict[str, Any] = {}
         if delta.content:
             told["content"] = delta.content
@@ -106,13 +116,13 @@ class ChatShape(_Shape[ChatDelta, ChatCompletion]):
             name = {} if call.name is None else {"name": call.name}
             function = {**name, "arguments": call.arguments}
             told["tool_calls"] = [{"index": call.index, **begin, "function": function}]
-        return self._delta(index, told)
+        return self._delta(index, told, chat_logprobs(self._untold(index, logprobs)))
 
     def last(self, index: int, result: ChatCompletion) -> dict[str, Any]:
         choice = {
             "index": index,
             "delta": {},
-            "logprobs": chat_logprobs(result.logprobs),
+            "logprobs": chat_logprobs(self._untold(index, result.logprobs)),
             "finish_reason": result.finish_reason,
         }
         return self._chunk(choice, timings=timings_of(result))
@@ -120,9 +130,11 @@ class ChatShape(_Shape[ChatDelta, ChatCompletion]):
     def _nothing(self, index: int) -> dict[str, Any]:
         return self._delta(index, {})
 
-    def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    def _delta(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         return self._chunk(
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
         )
 
     def _choice(self, index: int, result: ChatCompletion) -> dict[str, Any]:
@@ -149,16 +161,26 @@ class CompletionShape(_Shape[str, Completion]):
     ) -> None:
         super().__init__(model, n, includes_usage)
         self._echoes = echoes
+        self._offsets = {index: len(echo) for index, echo in enumerate(echoes)}
+        """Where in the text of each answer the logprobs go on that were not told."""
 
     def first(self, index: int) -> list[dict[str, Any]]:
         return [self.piece(index, self._echoes[index])] if self._echoes else []
 
-    def piece(self, index: int, delta: str) -> dict[str, Any]:
-        return self._chunk({"text": delta, "index": index, "logprobs": None, "finish_reason": None})
+    def piece(self, index: int, delta: str, logprobs: Logprobs = None) -> dict[str, Any]:
+        told = self._told(index, logprobs)
+        return self._chunk({"text": delta, "index": index, "logprobs": told, "finish_reason": None})
 
     def last(self, index: int, result: Completion) -> dict[str, Any]:
-        choice = {**self._choice(index, result), "text": ""}
+        told = self._told(index, result.logprobs)
+        choice = {**self._choice(index, result), "text": "", "logprobs": told}
         return self._chunk(choice, timings=timings_of(result))
+
+    def _told(self, index: int, logprobs: Logprobs) -> dict[str, Any] | None:
+        untold = self._untold(index, logprobs)
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + sum(len(each.text) for each in untold or ())
+        return completion_logprobs(untold, offset)
 
     def _nothing(self, index: int) -> dict[str, Any]:
         return self.piece(index, "")

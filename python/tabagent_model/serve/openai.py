@@ -167,12 +167,16 @@ class Events:
             self._ready.append(_event(refusal_of(error)[1]))
             self._end()
         else:
-            tell = self._shape.piece
-            if isinstance(item, Completion):
-                tell = self._shape.last
-            elif isinstance(item, PromptProgress):
-                tell = self._shape.progress
-            self._ready.append(_event(tell(index, item)))
+            self._ready.append(_event(self._told(index, item)))
+
+    def _told(self, index: int, item: Any) -> dict[str, Any]:
+        if isinstance(item, Completion):
+            told: dict[str, Any] = self._shape.last(index, item)
+        elif isinstance(item, PromptProgress):
+            told = self._shape.progress(index, item)
+        else:
+            told = self._shape.piece(index, item, self._answers.logprobs(index))
+        return told
 
     def _end(self) -> None:
         self._is_over = True

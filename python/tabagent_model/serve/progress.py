@@ -50,6 +50,9 @@ class WithProgress:
     def results(self) -> list[Any]:
         return self._answers.results
 
+    def logprobs(self, index: int) -> Any:
+        return self._answers.logprobs(index)
+
     def __aiter__(self) -> Self:
         return self
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..manager import Duration
     from ..params import ChatFields, PromptFields
-    from ..results import ChatCompletion, ChatDelta
+    from ..results import ChatCompletion, ChatDelta, TokenLogprob
     from ..stream import AsyncChatStream, AsyncTextStream
     from .control import Watch
 
@@ -247,6 +247,10 @@ class Answers(Generic[D, R]):
         else:
             self._idle.append(index)
         return index, item
+
+    def logprobs(self, index: int) -> tuple[TokenLogprob, ...] | None:
+        """Of what was read of an answer."""
+        return self._streams[index].logprobs
 
     @property
     def request_ids(self) -> list[int]:

@@ -12,6 +12,7 @@
 
 use std::ffi::c_int;
 use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -24,6 +25,9 @@ const LONGEST: usize = 4 << 20;
 /// Brackets that may be open at once: on any stack, and on a large one.
 const DEPTH_ON_ANY_STACK: usize = 12;
 const DEEPEST: usize = 4096;
+/// All answers that are being read take so much of a core's time at most, however many they are.
+const SHARE_OF_ALL: f64 = 0.2;
+static UNDER_WAY: AtomicU32 = AtomicU32::new(0);
 /// A character that no tag of a template begins with, and that is not for the exchange of texts.
 const NO_TAG: char = '\u{10FFFD}';
 /// Letters and digits in the id of a call: Mistral's templates want as many.
@@ -70,6 +74,7 @@ pub struct AnswerParser {
 
 impl AnswerParser {
     pub(super) fn new(reader: Option<Arc<Reader>>, patience: u32) -> AnswerParser {
+        UNDER_WAY.fetch_add(1, Ordering::Relaxed);
         AnswerParser {
             reader,
             text: String::new(),
@@ -89,7 +94,7 @@ impl AnswerParser {
         }
         let read = reader.read(&self.text, true);
         self.not_before =
-            begun.elapsed().checked_mul(self.patience).and_then(|d| begun.checked_add(d));
+            begun.elapsed().checked_mul(self.rest()).and_then(|rest| begun.checked_add(rest));
         read.map_or_else(|_| Vec::new(), |answer| self.tell(&held_back(answer.message)))
     }
 
@@ -108,6 +113,12 @@ impl AnswerParser {
             }
         };
         (deltas, Message { error, ..self.told.clone() })
+    }
+
+    /// How many times as long as it took to read.
+    fn rest(&self) -> u32 {
+        let crowd = f64::from(UNDER_WAY.load(Ordering::Relaxed)) / SHARE_OF_ALL;
+        if self.patience == 0 { 0 } else { self.patience.max(crowd as u32) }
     }
 
     fn fault(&self, read: &Answer, is_complete: bool) -> Option<String> {
@@ -169,6 +180,12 @@ impl AnswerParser {
         };
         let at = end_of(&self.told.content, end_of(&self.told.reasoning, 0));
         self.text[at..].to_owned()
+    }
+}
+
+impl Drop for AnswerParser {
+    fn drop(&mut self) {
+        UNDER_WAY.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use super::sampler::Breakers;
@@ -64,6 +64,8 @@ pub struct Event {
     pub text: String,
     /// Without the token that ended the generation.
     pub tokens: Vec<i32>,
+    /// For each of them, where they were asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     pub end: Option<End>,
 }
 
@@ -73,8 +75,6 @@ pub struct End {
     pub stop: Option<String>,
     pub error: Option<Error>,
     pub stats: Stats,
-    /// For each token, where they were asked for.
-    pub logprobs: Option<Vec<TokenLogprobs>>,
 }
 
 /// What the model thought of a chosen token and of the likeliest ones, before any sampler.
@@ -143,7 +143,11 @@ pub struct Stats {
 pub struct Outbox {
     state: Mutex<OutboxState>,
     filled: Condvar,
+    tap: OnceLock<Tap>,
 }
+
+/// Hears events in the writer's thread, and gives those back that are to be posted.
+pub type Tap = Box<dyn Fn(Vec<Event>) -> Vec<Event> + Send + Sync>;
 
 #[derive(Default)]
 struct OutboxState {
@@ -153,8 +157,19 @@ struct OutboxState {
 
 impl Outbox {
     pub fn post(&self, events: impl IntoIterator<Item = Event>) {
-        self.lock().events.extend(events);
-        self.filled.notify_one();
+        let mut events = events.into_iter().collect();
+        if let Some(tap) = self.tap.get() {
+            events = tap(events);
+        }
+        if !events.is_empty() {
+            self.lock().events.extend(events);
+            self.filled.notify_one();
+        }
+    }
+
+    /// For good: another tap later is ignored.
+    pub fn tap(&self, tap: Tap) {
+        let _ = self.tap.set(tap);
     }
 
     /// What has been posted can still be taken.

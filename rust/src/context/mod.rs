@@ -34,7 +34,7 @@ use crate::gguf::Description;
 use crate::hardware::{cpu, memory};
 use crate::log;
 use crate::model::Model;
-use message::{Command, Event, Exported, FinishReason, Outbox, Request};
+use message::{Command, Event, Exported, FinishReason, Outbox, Request, Tap};
 use metrics::{Meter, add};
 use prompt_cache::PromptCache;
 use runner::{Interrupt, Limits, LlamaRunner, Runner};
@@ -181,6 +181,11 @@ impl Context {
         self.submit_to(self.shared.outbox.clone(), id, prompt, config)
     }
 
+    /// Whether a request's last event is still to come.
+    pub fn has(&self, id: u64) -> bool {
+        lock(&self.shared.under_way).contains(&id)
+    }
+
     /// Asks for the end of a request. An id that is not, or no longer, there is fine.
     pub fn abort(&self, id: u64) {
         if self.is_foreign() {
@@ -192,6 +197,11 @@ impl Context {
         if ids.contains(&id) {
             self.shared.interrupt.set();
         }
+    }
+
+    /// Lets somebody hear events before they wait here.
+    pub fn tap(&self, tap: Tap) {
+        self.shared.outbox.tap(tap);
     }
 
     /// Sleeps until a step has produced something. An empty list means that it is closed.

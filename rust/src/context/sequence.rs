@@ -44,7 +44,6 @@ pub struct Sequence {
     written: Vec<i32>,
     n_ctx: usize,
     sampler: Sampler,
-    logprobs: Option<Vec<TokenLogprobs>>,
     text: TextStream,
     news: Event,
     deadline: Option<Instant>,
@@ -88,7 +87,6 @@ impl Sequence {
             stop_tokens: std::mem::take(&mut config.stop_tokens),
             deadline: after(config.timeout),
             start_by: after(config.max_queue_wait),
-            logprobs: config.logprobs.map(|_| Vec::new()),
             written: std::mem::take(&mut config.preserved_tokens),
             sampler: Sampler::new(config, breakers, n_ctx).guided_by(guide),
             tokens: prompt,
@@ -230,7 +228,6 @@ impl Sequence {
     }
 
     fn note_logprobs(&mut self, logits: &[f32], token: i32, runner: &impl Runner) {
-        let Some(all) = &mut self.logprobs else { return };
         let Some((logprob, top)) = self.sampler.logprobs(logits, token) else { return };
         let with_text = |(token, logprob)| {
             let mut text = Vec::new();
@@ -239,7 +236,7 @@ impl Sequence {
             Logprob { token, text, logprob }
         };
         let top = top.into_iter().map(with_text).collect();
-        all.push(TokenLogprobs { chosen: with_text((token, logprob)), top });
+        self.news.logprobs.push(TokenLogprobs { chosen: with_text((token, logprob)), top });
     }
 
     /// What is new since the last time, if anything is.
@@ -264,8 +261,7 @@ impl Sequence {
         if stop.is_none() {
             event.text.push_str(&self.text.finish());
         }
-        let logprobs = self.logprobs.take();
-        event.end = Some(End { reason, stop, error, stats, logprobs });
+        event.end = Some(End { reason, stop, error, stats });
         event
     }
 

@@ -23,6 +23,10 @@ impl ChatPrompt {
         ChatPrompt { prompt, chat: Arc::downgrade(chat) }
     }
 
+    pub(super) fn answer_parser(&self, patience: u32) -> AnswerParser {
+        self.prompt.parser(patience)
+    }
+
     fn chat(&self) -> Result<Arc<Chat>> {
         self.chat.upgrade().ok_or(Error::ModelUnloaded)
     }
@@ -69,7 +73,7 @@ impl ChatPrompt {
 
     #[pyo3(signature = (patience=50))]
     fn parser(&self, patience: u32) -> ChatParser {
-        ChatParser { parser: Mutex::new(self.prompt.parser(patience)) }
+        ChatParser { parser: Mutex::new(self.answer_parser(patience)) }
     }
 
     /// The ids of what follows after a beginning; None if it begins otherwise.
@@ -105,7 +109,7 @@ impl ChatParser {
         let py = text.py();
         let text = convert::text(text)?;
         let deltas = guarded(py, || Ok(self.with(|parser| parser.feed(text))))?;
-        python_deltas(py, deltas)
+        python_deltas(py, &deltas)
     }
 
     #[pyo3(signature = (is_complete=true))]
@@ -115,7 +119,7 @@ impl ChatParser {
         is_complete: bool,
     ) -> PyResult<(Bound<'py, PyList>, Bound<'py, PyDict>)> {
         let (deltas, message) = guarded(py, || Ok(self.with(|parser| parser.finish(is_complete))))?;
-        Ok((python_deltas(py, deltas)?, python_message(py, message)?))
+        Ok((python_deltas(py, &deltas)?, python_message(py, &message)?))
     }
 }
 
@@ -153,14 +157,17 @@ fn constraint<'py>(py: Python<'py>, grammar: &Grammar) -> PyResult<Bound<'py, Py
     Ok(constraint)
 }
 
-fn python_deltas(py: Python<'_>, deltas: Vec<Delta>) -> PyResult<Bound<'_, PyList>> {
+pub(super) fn python_deltas<'py>(
+    py: Python<'py>,
+    deltas: &[Delta],
+) -> PyResult<Bound<'py, PyList>> {
     let list = PyList::empty(py);
     for delta in deltas {
         match delta {
             Delta::Content(text) => list.append(("content", text))?,
             Delta::Reasoning(text) => list.append(("reasoning", text))?,
             Delta::ToolCall { index, begun, arguments } => {
-                let (id, name) = begun.unzip();
+                let (id, name) = begun.as_ref().map(|(id, name)| (id, name)).unzip();
                 list.append(("tool_call", index, id, name, arguments))?;
             }
         }
@@ -168,19 +175,22 @@ fn python_deltas(py: Python<'_>, deltas: Vec<Delta>) -> PyResult<Bound<'_, PyLis
     Ok(list)
 }
 
-fn python_message(py: Python<'_>, message: Message) -> PyResult<Bound<'_, PyDict>> {
+pub(super) fn python_message<'py>(
+    py: Python<'py>,
+    message: &Message,
+) -> PyResult<Bound<'py, PyDict>> {
     let calls = PyList::empty(py);
-    for call in message.tool_calls {
+    for call in &message.tool_calls {
         let entry = PyDict::new(py);
-        entry.set_item("id", call.id)?;
-        entry.set_item("name", call.name)?;
-        entry.set_item("arguments", call.arguments)?;
+        entry.set_item("id", &call.id)?;
+        entry.set_item("name", &call.name)?;
+        entry.set_item("arguments", &call.arguments)?;
         calls.append(entry)?;
     }
     let whole = PyDict::new(py);
-    whole.set_item("content", message.content)?;
-    whole.set_item("reasoning", message.reasoning)?;
+    whole.set_item("content", &message.content)?;
+    whole.set_item("reasoning", &message.reasoning)?;
     whole.set_item("tool_calls", calls)?;
-    whole.set_item("error", message.error)?;
+    whole.set_item("error", message.error.as_deref())?;
     Ok(whole)
 }

@@ -1,24 +1,58 @@
 //! PyContext: short methods around `Context`; and the events as Python sees them.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
-use pyo3::types::{PyAny, PyBytes, PyDict, PyMapping, PyString};
+use pyo3::types::{PyAny, PyBytes, PyDict, PyList, PyMapping, PyString};
 
+use super::chat::{ChatPrompt, python_deltas, python_message};
 use super::convert::{self, guarded};
 use super::error::exception;
+#[cfg(unix)]
+use super::wire::PyWire;
+use crate::chat::answer::{AnswerParser, Delta, Message};
 use crate::context::Context;
-use crate::context::message::{Event, Logprob};
+use crate::context::message::{Event, FinishReason, Logprob};
 
 #[pyclass(frozen, weakref, module = "tabagent_model._core")]
 pub struct PyContext {
     context: Arc<Context>,
+    /// What reads the answers of chats that are under way, by their requests.
+    parsers: Arc<Mutex<Parsers>>,
 }
+
+type Parsers = HashMap<u64, AnswerParser>;
 
 impl PyContext {
     pub(super) fn new(context: Arc<Context>) -> PyContext {
-        PyContext { context }
+        PyContext { context, parsers: Arc::default() }
     }
+
+    fn parsers(&self) -> MutexGuard<'_, Parsers> {
+        lock(&self.parsers)
+    }
+
+    /// Reads what is new of a chat's answer, here, where nobody else has to wait for that.
+    fn read(&self, event: Event) -> PyEvent {
+        let Some(mut parser) = self.parsers().remove(&event.id) else {
+            return PyEvent(event, None);
+        };
+        let mut deltas = parser.feed(&event.text);
+        let message = event.end.as_ref().map(|end| {
+            let (rest, message) = parser.finish(end.reason == FinishReason::Stop);
+            deltas.extend(rest);
+            message
+        });
+        if message.is_none() {
+            self.parsers().insert(event.id, parser);
+        }
+        PyEvent(event, Some((deltas, message)))
+    }
+}
+
+fn lock(parsers: &Mutex<Parsers>) -> MutexGuard<'_, Parsers> {
+    parsers.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Its thread may be waiting for Python, in a logits hook; so nobody may wait for it with Python.
@@ -30,15 +64,29 @@ impl Drop for PyContext {
 
 #[pymethods]
 impl PyContext {
+    /// The answer to a `chat` is read as its template means it, in pieces with that `patience`.
+    #[pyo3(signature = (request_id, prompt, params, chat=None, patience=50))]
     fn submit(
         &self,
         request_id: u64,
         prompt: &Bound<'_, PyAny>,
         params: &Bound<'_, PyMapping>,
+        chat: Option<&ChatPrompt>,
+        patience: u32,
     ) -> PyResult<()> {
         let config = convert::generation_config(params)?;
         let (py, prompt) = (prompt.py(), convert::prompt(prompt)?);
-        guarded(py, || self.context.submit(request_id, prompt, config))
+        guarded(py, || {
+            if let Some(chat) = chat {
+                let parser = || chat.answer_parser(patience);
+                self.parsers().entry(request_id).or_insert_with(parser); // before there is an event
+            }
+            self.context.submit(request_id, prompt, config).inspect_err(|_| {
+                if !self.context.has(request_id) {
+                    self.parsers().remove(&request_id);
+                }
+            })
+        })
     }
 
     fn abort(&self, py: Python<'_>, request_id: u64) -> PyResult<()> {
@@ -50,11 +98,27 @@ impl PyContext {
 
     /// Sleeps until a step has produced something. An empty list means the context is closed.
     fn next_events(&self, py: Python<'_>) -> PyResult<Vec<PyEvent>> {
-        let events = guarded(py, || {
+        guarded(py, || {
             self.context.check_thread("waiting")?;
-            Ok(self.context.next_events())
-        })?;
-        Ok(events.into_iter().map(PyEvent).collect())
+            Ok(self.context.next_events().into_iter().map(|event| self.read(event)).collect())
+        })
+    }
+
+    /// From now on, events that are text and tokens only go through `wire`, and not to `next_events`.
+    #[cfg(unix)]
+    fn tell_through(&self, wire: &PyWire) {
+        let (wire, parsers) = (wire.0.clone(), self.parsers.clone());
+        self.context.tap(Box::new(move |events| {
+            let is_plain = |event: &Event| {
+                let is_chat = lock(&parsers).contains_key(&event.id);
+                event.end.is_none() && event.logprobs.is_empty() && !is_chat
+            };
+            let (plain, rest): (Vec<_>, Vec<_>) = events.into_iter().partition(is_plain);
+            if !plain.is_empty() {
+                let _ = wire.tell(&plain); // who hears knows when there is nobody left to tell
+            }
+            rest
+        }));
     }
 
     /// Refuses the thread that everybody here waits for: a logits hook's.
@@ -219,11 +283,13 @@ impl PyContext {
     }
 }
 
+type Read<'py> = (Bound<'py, PyList>, Option<Bound<'py, PyDict>>);
+
 /// Token, text, logprob.
 type OneLogprob = (i32, String, f32);
 
 #[pyclass(frozen, name = "Event", module = "tabagent_model._core")]
-pub struct PyEvent(Event);
+pub struct PyEvent(Event, Option<(Vec<Delta>, Option<Message>)>);
 
 #[pymethods]
 impl PyEvent {
@@ -266,11 +332,19 @@ impl PyEvent {
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
         self.0.end.as_ref().map(|end| convert::stats(py, &end.stats)).transpose()
     }
-    /// None where they were not asked for.
+
+    /// What was read of a chat's answer, and with the last event all of it.
     #[getter]
-    fn logprobs(&self) -> Option<Vec<(OneLogprob, Vec<OneLogprob>)>> {
+    fn read<'py>(&self, py: Python<'py>) -> PyResult<Option<Read<'py>>> {
+        let Some((deltas, message)) = &self.1 else { return Ok(None) };
+        let message = message.as_ref().map(|message| python_message(py, message)).transpose()?;
+        Ok(Some((python_deltas(py, deltas)?, message)))
+    }
+
+    #[getter]
+    fn logprobs(&self) -> Vec<(OneLogprob, Vec<OneLogprob>)> {
         let of = |one: &Logprob| (one.token, one.text.clone(), one.logprob);
-        let all = self.0.end.as_ref()?.logprobs.as_ref()?;
-        Some(all.iter().map(|each| (of(&each.chosen), each.top.iter().map(of).collect())).collect())
+        let all = self.0.logprobs.iter();
+        all.map(|each| (of(&each.chosen), each.top.iter().map(of).collect())).collect()
     }
 }

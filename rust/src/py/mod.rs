@@ -8,6 +8,8 @@ mod file;
 mod hardware;
 mod hook;
 mod model;
+#[cfg(unix)]
+mod wire;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -35,6 +37,9 @@ mod _core {
     };
     #[pymodule_export]
     use super::model::PyModel;
+    #[cfg(unix)]
+    #[pymodule_export]
+    use super::wire::PyWire;
     use super::*;
     #[pymodule_export]
     use super::{

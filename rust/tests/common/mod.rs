@@ -499,8 +499,9 @@ impl Engine {
         self.told[&id].last().and_then(|event| event.end.clone()).expect("it has ended").stats
     }
 
-    pub fn logprobs(&self, id: u64) -> Option<Vec<TokenLogprobs>> {
-        self.told[&id].last().and_then(|event| event.end.clone()).expect("it has ended").logprobs
+    /// As they came: of each event.
+    pub fn logprobs(&self, id: u64) -> Vec<Vec<TokenLogprobs>> {
+        self.told[&id].iter().map(|event| event.logprobs.clone()).collect()
     }
 
     /// One request, alone.
