@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from chat_templates import THINKER
 from tabagent_model import (
     AsyncModel,
     Completion,
@@ -47,6 +48,13 @@ CONFIG: dict[str, Any] = {
 APART: dict[str, Any] = {**CONFIG, "isolation": "process", "watchdog_s": 1.0}
 GREEDY: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
 LONG: dict[str, Any] = {"max_tokens": -1, "ignore_eos": True, "overflow": "shift"}
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
 PROMPTS = [
     "Once upon a time",
     "The cat",
@@ -110,6 +118,17 @@ USES: dict[str, Callable[[Model], Any]] = {
     "usage": lambda m: m.generate("Something new that nobody asked before", **GREEDY).usage,
     "chat": lambda m: m.chat("hello", **GREEDY),
     "pieces of a chat": lambda m: [*m.stream_chat("hello", **GREEDY)],
+    "a thought": lambda m: m.chat("hello", template=THINKER, **GREEDY),
+    "pieces of a thought": lambda m: "".join(
+        delta.reasoning for delta in m.stream_chat("hello", template=THINKER, **GREEDY)
+    ),
+    "a tool": lambda m: [
+        (call.name, call.arguments)
+        for call in m.chat(
+            "What is the weather in Paris?", tools=[WEATHER], temperature=0
+        ).tool_calls
+    ],
+    "reading": lambda m: m.parse_chat("Hm.\n</think>\n\nWarm.", template=THINKER),
     "template": lambda m: m.apply_chat_template([{"role": "user", "content": "hi"}]),
     "session": lambda m: [*map(m.session(**GREEDY).send, ("hi", "and?"))],
     "tokens": lambda m: [m.tokenize(p, False) for p in PROMPTS],

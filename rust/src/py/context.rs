@@ -22,7 +22,7 @@ pub struct PyContext {
     parsers: Arc<Mutex<Parsers>>,
 }
 
-type Parsers = HashMap<u64, AnswerParser>;
+type Parsers = HashMap<u64, Arc<Mutex<AnswerParser>>>;
 
 impl PyContext {
     pub(super) fn new(context: Arc<Context>) -> PyContext {
@@ -35,18 +35,18 @@ impl PyContext {
 
     /// Reads what is new of a chat's answer, here, where nobody else has to wait for that.
     fn read(&self, event: Event) -> PyEvent {
-        let Some(mut parser) = self.parsers().remove(&event.id) else {
+        // It stays in the list meanwhile: that keeps the request's next events from overtaking this one.
+        let Some(parser) = self.parsers().get(&event.id).cloned() else {
             return PyEvent(event, None);
         };
+        let mut parser = parser.lock().unwrap_or_else(PoisonError::into_inner);
         let mut deltas = parser.feed(&event.text);
         let message = event.end.as_ref().map(|end| {
+            self.parsers().remove(&event.id);
             let (rest, message) = parser.finish(end.reason == FinishReason::Stop);
             deltas.extend(rest);
             message
         });
-        if message.is_none() {
-            self.parsers().insert(event.id, parser);
-        }
         PyEvent(event, Some((deltas, message)))
     }
 }
@@ -78,7 +78,7 @@ impl PyContext {
         let (py, prompt) = (prompt.py(), convert::prompt(prompt)?);
         guarded(py, || {
             if let Some(chat) = chat {
-                let parser = || chat.answer_parser(patience);
+                let parser = || Arc::new(Mutex::new(chat.answer_parser(patience)));
                 self.parsers().entry(request_id).or_insert_with(parser); // before there is an event
             }
             self.context.submit(request_id, prompt, config).inspect_err(|_| {
