@@ -17,6 +17,7 @@ from tabagent_model import (
     SamplingError,
     TabAgentModelError,
 )
+from tabagent_model.serve.service import Service
 from tabagent_model.testing import ScriptedContext
 
 MakeFace = Callable[[ScriptedContext], Face]
@@ -367,6 +368,69 @@ async def test_another_task_may_close_a_stream_that_is_being_read(context: Scrip
     await pieces.aclose()
     assert is_idle(context)
     assert (await task).finish_reason == "cancelled"
+
+
+async def test_two_who_read_a_chat_together_hear_its_end_once():
+    lines = ['<tool_call>{"name": "f", "arguments": {"city": "Rome"}}', "</tool_call>"]
+    context = ScriptedContext(lines, delay=0.001)
+    stream = AsyncModel(context).stream_chat("x")
+    heard: list[str] = []
+
+    async def read() -> None:
+        async for delta in stream:
+            if delta.tool_call is not None:
+                heard.append(delta.tool_call.arguments)
+
+    await asyncio.gather(read(), read())
+    assert heard == ['{"city": "Rome"}']
+    context.close()
+
+
+async def test_only_who_watches_a_chat_has_it_read_in_pieces():
+    told: list[int] = []
+
+    class Noting(ScriptedContext):
+        def submit(self, request_id: int, prompt: Any, params: Any, *chat: Any) -> None:
+            told.extend(chat[1:])
+            super().submit(request_id, prompt, params, *chat)
+
+    at_the_end, in_pieces = 2**32 - 1, 50
+    async with AsyncModel(Noting()) as model:
+        await model.chat("x")
+        async with model.stream_chat("x") as deltas:
+            assert [delta async for delta in deltas]
+    assert told == [at_the_end, in_pieces]
+    async with AsyncModel(Noting()) as model:
+        service = Service({"x": model})
+        await service.chat("x").collect()
+        async with service.chat("x") as answers:
+            assert [item async for item in answers]
+    assert told == [at_the_end, in_pieces] * 2
+
+
+async def test_who_leaves_while_waiting_for_a_thread_waits_no_longer():
+    """All threads that submit are kept by a worker that hangs, say."""
+    context, go_on = ScriptedContext(), threading.Event()
+    model = AsyncModel(context)
+    kept = [model._open_courier.in_thread(lambda: assert_set(go_on)) for _ in range(8)]
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(model.generate(LONG), 0.01)
+    stream = model.stream(LONG)
+    task = asyncio.ensure_future(stream.collect())
+    await asyncio.sleep(0.001)
+    await stream.aclose()
+    go_on.set()
+    for job in kept:
+        job.result(10)
+    with pytest.raises(TabAgentModelError, match="not complete"):
+        await task
+    assert context.submitted == []
+    assert (await model.generate("x")).text == "Hello!"
+    context.close()
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(10)
 
 
 def test_another_thread_may_close_a_stream_that_is_being_read(context: ScriptedContext):

@@ -291,7 +291,7 @@ class PyContext:
         """Sleep until a step has produced something. An empty list means that it is closed."""
     def tell_through(self, wire: Wire) -> None:
         """From now on, events that are text and tokens only go through `wire` as soon as they are
-        there, and not to `next_events`."""
+        there, and not to `next_events`. Not on Windows."""
     def check_thread(self) -> None:
         """Raise ModelBusyError in a logits hook, which must not wait for its own model."""
     def close(self) -> None:
@@ -347,7 +347,8 @@ class PyContext:
 
 @final
 class Wire:
-    """A worker's end of the socket to its parent, for threads of Python and of the engine."""
+    """A worker's end of the socket to its parent, for threads of Python and of the engine. Not on
+    Windows."""
 
     def __new__(cls, socket: int) -> Self:
         """Over a socket that somebody else owns and closes."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,7 +33,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, Future
+    import asyncio
+    from asyncio import AbstractEventLoop
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     from ._core import Wire
     from .results import Completion, Logprobs
@@ -167,8 +170,7 @@ class Request:
 class Courier(threading.Thread):
     """The thread that sleeps in `next_events`, and the door through which requests go in.
 
-    It wakes once per step, and wakes each event loop at most once per step, however many
-    streams that loop has.
+    For all that has come it wakes each event loop once, however many streams that loop has.
     """
 
     def __init__(self, context: Context) -> None:
@@ -179,6 +181,7 @@ class Courier(threading.Thread):
         self._inboxes: dict[int, Inbox | LoopInbox] = {}
         self._lock = threading.Lock()
         self._end: TabAgentModelError | None = None
+        self._threads: ThreadPoolExecutor | None = None
         self.was_used = False
         self.on_turn: Callable[[], object] = lambda: None
         """Called in any thread when the first request comes, and when the last one is gone."""
@@ -207,6 +210,20 @@ class Courier(threading.Thread):
         except BaseException:  # Ctrl-C: nobody knows whether it had been submitted by then
             self.abandon(request.id)
             raise
+
+    def in_thread(self, function: Callable[[], None]) -> Future[None]:
+        """For what an event loop must not wait for, nor the thread that hears: to submit and to
+        abort may take as long as a worker hangs. The loops' own threads are for others."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        with self._lock:
+            self.check()
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(8, "tabagent-submit")
+            try:
+                return self._threads.submit(function)
+            except RuntimeError:
+                raise _no_thread("tabagent-submit") from None
 
     def abort(self, request_id: int) -> None:
         """Ask for the end of a request; its last event still comes."""
@@ -259,7 +276,7 @@ class Courier(threading.Thread):
     def disown(self) -> None:
         """In a forked child: neither the thread nor the context came along."""
         self._lock = threading.Lock()
-        self._inboxes = {}
+        self._inboxes, self._threads = {}, None
         self._end = ForkedProcessError(
             "the model belongs to the parent of this forked process",
             hint="load the model in the child, or start the child with the `spawn` method",
@@ -277,7 +294,9 @@ class Courier(threading.Thread):
             end = InternalError(f"no more events can be carried: {error!r}")
         with self._lock:
             self._end = end
-            orphans = list(self._inboxes)
+            orphans, threads = list(self._inboxes), self._threads
+        if threads is not None:
+            threads.shutdown(wait=False)
         self._carry([_Goodbye(request_id, copy(end)) for request_id in orphans])
 
     def _carry(self, events: Sequence[Event]) -> None:
@@ -299,7 +318,9 @@ class Courier(threading.Thread):
                 loop.call_soon_threadsafe(_deliver, letters)
             except RuntimeError:  # the loop was closed, and with it went every reader
                 for _, event in letters:
-                    self.abandon(event.request_id)
+                    self._forget(event.request_id)
+                    with suppress(TabAgentModelError, RuntimeError):  # it ends in any case
+                        self.in_thread(partial(self.abort, event.request_id))
 
     def _forget(self, request_id: int) -> None:
         if self._inboxes.pop(request_id, None) is not None and self.is_idle:
@@ -330,7 +351,7 @@ class LoopInbox:
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
         self._letters: deque[Event] = deque()
-        self._waiters: list[Future[None]] = []
+        self._waiters: list[asyncio.Future[None]] = []
 
     def put(self, event: Event) -> None:
         """Only in the thread of the loop."""
@@ -355,10 +376,14 @@ def begin(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError:
-        raise OutOfMemoryError(
-            f"the system refuses a thread (`{thread.name}`)",
-            hint="close what is not needed, or raise the limit that `ulimit -a` shows",
-        ) from None
+        raise _no_thread(thread.name) from None
+
+
+def _no_thread(name: str) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"the system refuses a thread (`{name}`)",
+        hint="close what is not needed, or raise the limit that `ulimit -a` shows",
+    )
 
 
 def close_all() -> None:

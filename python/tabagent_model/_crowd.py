@@ -48,7 +48,8 @@ class Crowd:
         try:
             while self._unsent or self._running:
                 if is_much and self._unsent:
-                    await settle(loop.run_in_executor(None, self._send, inbox))
+                    job = self._courier.in_thread(lambda: self._send(inbox))
+                    await settle(asyncio.wrap_future(job), job.cancel)
                 else:
                     self._send(inbox)
                 while not self._take(await inbox.get()):

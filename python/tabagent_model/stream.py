@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -90,6 +90,11 @@ class _Stream(Generic[Item, Result]):
         self._answer.is_cancelled = True
         if self._is_sent and not self._answer.is_over:
             self._courier.abort(self._request.id)
+
+    def unwatch(self) -> Self:
+        """Nobody reads it while it comes; to be said before it is submitted."""
+        self._answer.is_watched = False
+        return self
 
     def _growing(self) -> Growing:
         if self._request.schema is None:
@@ -280,7 +285,8 @@ class _AsyncStream(_Stream[Item, Result]):
             return inbox
         try:
             if self._request.size > LONG_TEXT:
-                await settle(loop.run_in_executor(None, self._send))
+                job = self._courier.in_thread(self._send)
+                await settle(asyncio.wrap_future(job), job.cancel)
             else:
                 self._send()
         except asyncio.CancelledError:
@@ -295,6 +301,9 @@ class _AsyncStream(_Stream[Item, Result]):
 
     def _send(self) -> None:
         assert self._inbox is not None
+        if self._answer.is_cancelled:  # while it waited for a thread
+            self._answer.give_up()
+            return
         try:
             self._courier.send(self._request, self._inbox, self._answer.is_watched)
         except BaseException:
@@ -376,8 +385,8 @@ class Answer:
         if event.text:
             self.pieces.append(event.text)
         self.tokens.extend(event.tokens)
-        if event.logprobs:
-            self._logprobs += logprobs_of(event.logprobs)
+        if found := event.logprobs:
+            self._logprobs += logprobs_of(found)
         if event.is_last:
             self._finish(event)
         return (event.text,) if event.text else ()
@@ -442,7 +451,8 @@ class Answer:
 class ChatAnswer(Answer):
     """One that is read as its chat template means it."""
 
-    _deltas: Sequence[ChatDelta] = ()
+    _message: Mapping[str, Any] | None = None
+    """All that was read, with the last event."""
 
     def __init__(self, request: Request, source: Source) -> None:
         super().__init__(request, source)
@@ -450,18 +460,17 @@ class ChatAnswer(Answer):
         """How many characters, and tokens, there were after each event."""
 
     def take(self, event: Event) -> Sequence[ChatDelta]:
-        self._deltas = ()
+        if self.is_over:  # as the base says; the last event is there for everybody who reads
+            return ()
+        found, self._message = event.read or (None, None)
         super().take(event)
         self._reached.append((self._reached[-1][0] + len(event.text), len(self.tokens)))
-        if event.read is not None:
-            self._deltas = [*map(ChatDelta.read, event.read[0])]
-        elif event.text:
-            self._deltas = [ChatDelta(event.text)]
-        return self._deltas
+        if found is not None:
+            return [*map(ChatDelta.read, found)]
+        return (ChatDelta(event.text),) if event.text else ()
 
     def _complete(self, event: Event) -> ChatCompletion:
-        raw = super()._complete(event)
-        message = None if event.read is None else event.read[1]
+        raw, message = super()._complete(event), self._message
         if message is None:
             message = {"content": raw.text, "reasoning": "", "tool_calls": [], "error": None}
         if message["reasoning"]:

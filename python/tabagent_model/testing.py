@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from re import DOTALL, findall, sub
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ._courier import ChatParser, Reading
 from .errors import (
     ContextLimitExceededError,
     GenerationTimeoutError,
@@ -30,6 +29,7 @@ from .results import Logprobs
 
 if TYPE_CHECKING:
     from ._core import Wire
+    from ._courier import ChatParser, Reading
 
 Prompt = str | Sequence[int]
 Lines = Iterable[str | TabAgentModelError]

@@ -72,6 +72,9 @@ class Child:
                 ours, theirs = map(opened.enter_context, socket.socketpair())
                 for end in (ours, theirs):
                     end.setblocking(True)  # whatever the program's default is
+                # The engine waits when it is full: as much as the system allows, for a parent
+                # that holds the GIL for a while.
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * 2**20)
                 arguments = [str(theirs.fileno()), str(os.getpid()), str(self._beat_s)]
                 self._process = spawned([*program, *arguments], theirs.fileno(), self._notes)
             except OSError as error:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakSet
@@ -404,7 +405,10 @@ class Keeper:
             self._note_lost_pin(event.request_id, event.error)
         elif event.is_last and not is_kept and child is not None:  # released meanwhile
             question, data = calling("context", "unpin", [event.request_id], {})
-            child.ask(question, lambda value, error: None, data)
+            # Not in this thread: who hears must not wait for a worker that waits to be heard.
+            ask = partial(child.ask, question, lambda value, error: None, data)
+            with suppress(TabAgentModelError):
+                begin(threading.Thread(target=ask, name="tabagent-unpin", daemon=True))
         return True
 
     def _note_lost_pin(self, request_id: int, error: BaseException) -> None:

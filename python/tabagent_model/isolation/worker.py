@@ -1,8 +1,8 @@
 """The child of `isolation="process"`: an engine that is asked over a socket (docs/protocol.md).
 
 `child.py` starts it, and it ends when its parent does. Three threads: one hears, one tells the
-events of each step in one frame, one says that it is alive. Calls that may take time have a few
-more, so that an abort never waits behind them.
+events that the engine does not tell itself, one says that it is alive. Calls that may take time
+have a few more, so that an abort never waits behind them.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Worker:
         if action == "abort":
             self._objects["context"].abort(message["request"])
         elif action == "submit":
-            # In the order they came, but for those that take long to tokenize.
-            is_long = len(message["prompt"]) > LONG_TEXT
+            # In the order they came, but for those that take long to tokenize or write out.
+            is_long = len(message["prompt"]) > LONG_TEXT or type(message.get("chat")) is list
             self._answer(message, self._submit, in_turn=not is_long)
         elif action == "call":
             self._answer(message, self._call)
@@ -219,7 +219,7 @@ class Worker:
 # What belongs to the worker itself, or takes a function.
 _NOT_FROM_OUTSIDE = (
     *("load", "unload", "create_context", "close", "generate"),
-    *("submit", "abort", "next_events"),
+    *("submit", "abort", "next_events", "tell_through"),
 )
 
 

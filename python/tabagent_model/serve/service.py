@@ -207,6 +207,7 @@ class Answers(Generic[D, R]):
         self._holding = AsyncExitStack()
         self._model: AsyncModel | None = None
         self._streams: Sequence[Stream] = ()
+        self._is_watched = True
         self._tasks: dict[asyncio.Task[tuple[int, D | R]], int] = {}
         self._idle: list[int] = []
         """The numbers of those from which nothing is awaited."""
@@ -216,6 +217,9 @@ class Answers(Generic[D, R]):
         try:
             self._model = await self._holding.enter_async_context(self._held)
             self._streams = self._ask(self._model)
+            if not self._is_watched:
+                for stream in self._streams:
+                    stream.unwatch()
             self.results = [None] * len(self._streams)
             self._idle = list(range(len(self._streams)))
             for stream in self._streams:
@@ -227,6 +231,7 @@ class Answers(Generic[D, R]):
 
     async def collect(self) -> list[R]:
         """Read all of them to their ends."""
+        self._is_watched = False
         async with self:
             return [cast("R", await stream.collect()) for stream in self._streams]
 

@@ -1,7 +1,8 @@
 //! How many prompt tokens a step takes along.
 //!
 //! Whoever arrives during a step waits for its end, so with nobody else there it is still a step of half
-//! a second, where a processor is that slow. Beside those who are generating it is a shorter one: reading a prompt in large pieces is efficient, and a pause for everybody who is in the middle of an
+//! a second, where a processor is that slow. Beside those who are generating it is a shorter one:
+//! reading a prompt in large pieces is efficient, and a pause for everybody who is in the middle of an
 //! answer. So the piece is chosen such that a step takes a few times as long as one without prompts:
 //! few for a long prompt, whose end is far; more for a short one, which is soon read.
 

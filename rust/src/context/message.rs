@@ -138,7 +138,7 @@ pub struct Stats {
     pub gap_p99_ms: f64,
 }
 
-/// Where events wait for their reader. The writer never waits.
+/// Where events wait for their reader. The writer never waits, unless a tap does.
 #[derive(Default)]
 pub struct Outbox {
     state: Mutex<OutboxState>,

@@ -105,7 +105,9 @@ impl Context {
             let asked = config.n_ctx;
             let line =
                 format!("n_ctx={asked} is more than the model was trained with; using {n_ctx}");
-            log::note(log::Level::Warning, line);
+            // Nobody needs to be warned of what nobody asked for.
+            let is_default = asked == ContextConfig::default().n_ctx;
+            log::note(if is_default { log::Level::Info } else { log::Level::Warning }, line);
             config.n_ctx = n_ctx;
         }
         let free = memory::available_bytes();

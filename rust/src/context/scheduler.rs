@@ -1,7 +1,8 @@
 //! The loop: hear, choose, run, tell.
 //!
 //! The scheduler owns the only thread that talks to llama.cpp. It never waits for Python: commands
-//! come in through one channel, events leave through another, one list per step.
+//! come in through one channel, events leave through another, one list per step. In a worker most of them
+//! go into its socket instead, and so it waits for a parent that does not read.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -147,7 +148,8 @@ impl<R: Runner> Scheduler<R> {
         self.refusals = if matches!(outcome, Outcome::Refused(_)) { self.refusals + 1 } else { 0 };
         match outcome {
             Outcome::Done => self.advance(),
-            Outcome::Aborted => self.resynchronize(),
+            Outcome::Aborted if self.runner.can_be_interrupted() => self.resynchronize(),
+            Outcome::Aborted => self.begin_anew(), // it was, for everything is being closed
             Outcome::NoRoom => self.make_room(),
             Outcome::Refused(what) if self.refusals == 1 => self.compute_again(&what),
             Outcome::Refused(what) => self.fail_running(&Error::internal(what)),
@@ -293,10 +295,14 @@ impl<R: Runner> Scheduler<R> {
         }
     }
 
-    /// The memory is not what we believe. Nobody has to suffer for that: what is running is computed
-    /// once more, from the beginning.
+    /// The memory is not what we believe. Nobody has to suffer for that.
     fn compute_again(&mut self, what: &str) {
         log::note(log::Level::Error, format!("{what}; computing all {} again", self.running.len()));
+        self.begin_anew();
+    }
+
+    /// What is running is computed once more, and nothing else is held.
+    fn begin_anew(&mut self) {
         self.slots.forget_all();
         self.runner.forget_all();
         self.running.iter_mut().for_each(Sequence::compute_again);
