@@ -35,6 +35,8 @@ KILL_EVERY_S = 31.0  # the third death within a minute would be the last
 AFTER_A_KILL_S = 3.0
 SAMPLES = 300
 QUEUE_SIZE = 8
+OUR_THREADS, LOOP_THREADS = 8, 32
+"""At most so many submit, and do whatever else an event loop leaves to threads."""
 
 
 def soak(minutes: float, num_users: int, seed: int) -> dict[str, Any]:
@@ -166,6 +168,7 @@ class Users:
     async def soak(self, seconds: float, num_users: int) -> None:
         self._expected = await self._reference()
         await self._crowd(range(-WARM_UP, 0), num_users)
+        await self._need_all_threads()
         await self._settle()
         before = await self._least_belongings()
         end = time.monotonic() + seconds
@@ -184,6 +187,28 @@ class Users:
             self.ledger.fault(f"left behind: {after}, and before it was {before}")
         if fault := growth_fault(self.worker_memory):
             self.ledger.fault(f"the worker's {fault}")
+
+    async def _need_all_threads(self) -> None:
+        """The server makes threads as it needs them, up to a number. With a worker that stands
+        still for a moment it needs all that it will ever have."""
+
+        async def ask(request: bytes) -> bytes:
+            async with connected(self.server.port) as (reader, writer):
+                writer.write(request)
+                return await reader.read()
+
+        one_token = post("/v1/completions", {"prompt": "a", "max_tokens": 1})
+        asked = [one_token] * OUR_THREADS + [post("/tokenize", {"content": "a"})] * LOOP_THREADS
+        workers = self.server.workers
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        answers = [asyncio.ensure_future(ask(request)) for request in asked]
+        await asyncio.sleep(0.5)
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+        for answer in await asyncio.gather(*answers):
+            if not answer.startswith(b"HTTP/1.1 200"):
+                self.ledger.fault(f"nothing after a worker stood still: {answer[-300:]!r}")
 
     async def _crowd(self, numbers: Iterable[int], num_users: int) -> None:
         left = iter(numbers)
