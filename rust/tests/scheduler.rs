@@ -716,6 +716,21 @@ fn cancelling_during_a_long_prompt_does_not_wait_for_its_step() {
 }
 
 #[test]
+fn whose_turn_it_is_for_having_come_first_is_quick_beside_others() {
+    let prompt_rows = |generating, _| if generating == 0 { usize::MAX } else { 4 };
+    let setup = Setup { gate: Some(3), prompt_rows, ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    engine.submit(1, &(0..100).collect::<Vec<i32>>(), at_most(1));
+    engine.stage.wait_for_batch(4);
+    engine.submit(2, &[7, 8, 9], at_most(1));
+    engine.stage.open();
+    engine.answers([1, 2]);
+    // Alone; its turn; what is soon read, and a bit; alone again.
+    let sizes: Vec<usize> = engine.stage.batches()[3..7].iter().map(Vec::len).collect();
+    assert_eq!(sizes, [16, 4, 3 + 4, 16]);
+}
+
+#[test]
 fn a_memory_that_an_interruption_would_spoil_is_given_the_time_of_a_step() {
     let setup = Setup { n_batch: 64, forgets_parts: false, gate: Some(0), ..Setup::default() };
     let mut engine = Engine::new(setup);

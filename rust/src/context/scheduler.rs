@@ -186,12 +186,16 @@ impl<R: Runner> Scheduler<R> {
         for sequence in &ready {
             self.batch.push(row(sequence, sequence.computed));
         }
-        if !self.num_steps.is_multiple_of(OLDEST_FIRST) {
+        let is_turn_of_oldest = self.num_steps.is_multiple_of(OLDEST_FIRST) && prompts.len() > 1;
+        if !is_turn_of_oldest {
             prompts.sort_by_key(|sequence| (sequence.priority, sequence.remaining()));
         }
         for (index, sequence) in prompts.iter().enumerate() {
-            // Who gets a first token in this step should not wait long for the others either.
-            let (generating, left) = (ready.len() + index, prompts.len() - index);
+            // Who gets a first token in this step should not wait long for the others either, and
+            // who gets one in the next step not for the oldest in this one.
+            let others = ready.len() + index;
+            let generating = others.max(usize::from(is_turn_of_oldest));
+            let left = prompts.len() - index;
             let advised = self.runner.prompt_rows(sequence.num_to_read(), generating, left);
             let room = advised.min(self.limits.n_batch - self.batch.len());
             let count = sequence.remaining().min(room);
