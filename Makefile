@@ -12,7 +12,7 @@ CARGO   := cargo --locked
 QUIETLY := -q --disable-pip-version-check
 PIP     := $(BIN)/python -m pip install $(QUIETLY)
 
-.PHONY: try test test-browser lint bench soak docs wheel wheel-cuda clean
+.PHONY: try test test-browser test-json-schema lint bench soak docs wheel wheel-cuda clean
 
 try: $(VENV)/installed
 	@$(BIN)/python -m tabagent_model generate "What is the capital of France?"
@@ -26,6 +26,13 @@ test-browser: $(VENV)/installed-for-tests
 	command -v chromium chromedriver || apt-get install -y --no-install-recommends chromium chromium-driver
 	$(PIP) selenium
 	$(BIN)/python -m pytest tests/real/test_page.py
+
+# The JSON-Schema-Test-Suite, which the source distribution of jsonschema carries, against our grammars.
+test-json-schema: $(TOOLS)
+	@test -d target/jsonschema-4.23.0 || ($(BIN)/python -m pip download $(QUIETLY) --no-deps \
+		--no-binary :all: --dest target jsonschema==4.23.0 && tar -xzf target/jsonschema-4.23.0.tar.gz -C target)
+	JSON_SCHEMA_TEST_SUITE=$(CURDIR)/target/jsonschema-4.23.0/json/tests $(CARGO) test --release \
+		--no-default-features --test constraint -- --ignored --nocapture of_the_public_suite
 
 lint: $(VENV)/installed-for-tests
 	cargo fmt --check

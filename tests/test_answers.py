@@ -95,11 +95,15 @@ async def test_an_answer_that_is_left_early_is_read_as_far_as_it_came(face: Make
     assert stream.result.finish_reason in ("cancelled", "stop")
 
 
-async def test_an_answer_that_cannot_be_read_is_delivered_and_says_why(face: MakeFace):
+async def test_an_answer_that_cannot_be_read_is_delivered_and_says_why(
+    face: MakeFace, caplog: pytest.LogCaptureFixture
+):
     answer = await face(ScriptedContext(["<tool_call>{</tool_call>"])).call("chat", "How is it?")
     assert (answer.content, answer.tool_calls) == ("<tool_call>{</tool_call>", ())
     assert answer.parse_error.startswith("a tool call cannot be read")
     assert answer.finish_reason == "stop"
+    (line,) = caplog.messages
+    assert line == f"request {answer.metrics.request_id}: its answer could not be read"
 
 
 async def test_a_raw_answer_can_be_read_later(face: MakeFace):

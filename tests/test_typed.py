@@ -48,7 +48,9 @@ async def test_what_was_thought_is_no_part_of_the_object(face: MakeFace):
     assert (answer.parsed, answer.reasoning) == ("yes", "Hm, {")
 
 
-async def test_an_answer_that_is_none_says_why_and_is_delivered(face: MakeFace):
+async def test_an_answer_that_is_none_says_why_and_is_delivered(
+    face: MakeFace, caplog: pytest.LogCaptureFixture
+):
     context = ScriptedContext(['{"name": "Rome", "population": "many"}'])
     answer = await face(context).call("chat", "Rome?", schema=City)
     assert (answer.parsed, answer.parse_error) == (
@@ -56,6 +58,7 @@ async def test_an_answer_that_is_none_says_why_and_is_delivered(face: MakeFace):
         '`population` must be a whole number, got "many"',
     )
     assert answer.text == '{"name": "Rome", "population": "many"}'
+    assert caplog.messages == [f"request {answer.metrics.request_id}: its answer could not be read"]
 
 
 async def test_an_answer_that_was_cut_short_is_no_object(face: MakeFace):

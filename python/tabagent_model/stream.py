@@ -469,6 +469,15 @@ class ChatAnswer(Answer):
             return [*map(ChatDelta.read, found)]
         return (ChatDelta(event.text),) if event.text else ()
 
+    def _finish(self, event: Event) -> None:
+        super()._finish(event)
+        if isinstance(answer := self._completion, ChatCompletion) and answer.parse_error:
+            import logging
+
+            log = logging.getLogger("tabagent_model")
+            # Why, is in the answer: it may quote what was said, which is nobody's in a log.
+            log.warning("request %d: its answer could not be read", self._request.id)
+
     def _complete(self, event: Event) -> ChatCompletion:
         raw, message = super()._complete(event), self._message
         if message is None:

@@ -11,6 +11,7 @@
 //! All deltas together are the message that `finish` gives, whatever the parser says.
 
 use std::ffi::c_int;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -208,7 +209,14 @@ impl Reader {
         (!shim.is_null()).then(|| Reader { shim, before: OnceLock::new() })
     }
 
+    /// Whatever goes wrong here costs an answer its meaning, and nobody else anything.
     fn read(&self, text: &str, is_partial: bool) -> Result<Answer> {
+        catch_unwind(AssertUnwindSafe(|| self.read_behind(text, is_partial)))
+            .unwrap_or_else(|_| Err(refused("reading the answer panicked".into())))
+    }
+
+    /// Without what the prompt says already.
+    fn read_behind(&self, text: &str, is_partial: bool) -> Result<Answer> {
         let mut answer = match open_brackets(text) {
             depth if depth <= DEPTH_ON_ANY_STACK => self.read_here(text, is_partial),
             depth if depth <= DEEPEST => on_a_large_stack(|| self.read_here(text, is_partial)),

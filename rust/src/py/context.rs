@@ -1,7 +1,6 @@
 //! PyContext: short methods around `Context`; and the events as Python sees them.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::prelude::*;
@@ -34,29 +33,24 @@ impl PyContext {
         lock(&self.parsers)
     }
 
-    /// Reads what is new of a chat's answer, here, where nobody else has to wait for that. Of an answer
-    /// that cannot be read nothing is said: it is its text.
+    /// Reads what is new of a chat's answer, here, where nobody else has to wait for that.
     fn read(&self, event: Event) -> PyEvent {
         // It stays in the list meanwhile: that keeps the request's next events from overtaking this one.
         let Some(parser) = self.parsers().get(&event.id).cloned() else {
             return PyEvent(event, None);
         };
-        let is_last = event.end.is_some();
-        let read = catch_unwind(AssertUnwindSafe(|| {
-            let mut parser = parser.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut deltas = parser.feed(&event.text);
-            let reason = event.end.as_ref().map(|end| end.reason);
-            let message = reason.filter(|reason| *reason != FinishReason::Error).map(|reason| {
-                let (rest, message) = parser.finish(reason == FinishReason::Stop);
-                deltas.extend(rest);
-                message
-            });
-            (deltas, message)
-        }));
-        if is_last {
+        let mut parser = parser.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut deltas = parser.feed(&event.text);
+        let reason = event.end.as_ref().map(|end| end.reason);
+        if reason.is_some() {
             self.parsers().remove(&event.id);
         }
-        PyEvent(event, read.ok())
+        let message = reason.filter(|reason| *reason != FinishReason::Error).map(|reason| {
+            let (rest, message) = parser.finish(reason == FinishReason::Stop);
+            deltas.extend(rest);
+            message
+        });
+        PyEvent(event, Some((deltas, message)))
     }
 }
 
