@@ -11,6 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let libraries = out.join("lib");
     let llama = llama_source(&root)?;
     collect_libraries(&root, &backends, &libraries)?;
+    check_kernels(&libraries)?;
     collect_cmake(&out.join("cmake"))?;
     compile_shim(&llama);
 
@@ -22,7 +23,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("cargo:rustc-link-arg-cdylib=-Wl,-rpath,$ORIGIN/lib,--enable-new-dtags");
     }
     println!("cargo:rerun-if-changed=rust/build.rs");
+    println!("cargo:rustc-env=TABAGENT_KERNELS_VERSION={:016x}", hash(Path::new("rust/kernels"))?);
     println!("cargo:rerun-if-changed=rust/cmake");
+    println!("cargo:rerun-if-changed=rust/kernels");
     println!("cargo:rerun-if-changed=rust/shim");
     Ok(())
 }
@@ -51,6 +54,18 @@ fn collect_libraries(root: &Path, backends: &Path, to: &Path) -> io::Result<()> 
     Ok(())
 }
 
+/// cargo does not build llama.cpp again when `rust/kernels/` or `rust/cmake/` change.
+fn check_kernels(libraries: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    let name = b"tabagent_add_kernels";
+    match fs::read(libraries.join("libggml-cpu-zen4.so")) {
+        Ok(module) if !module.windows(name.len()).any(|bytes| bytes == name) => Err(
+            "llama.cpp was built without rust/kernels/: cargo clean --release -p llama-cpp-sys-2"
+                .into(),
+        ),
+        _ => Ok(()), // it is there, or this is no build for Linux on x86-64
+    }
+}
+
 /// What `tabagent-model build-backend` needs to build one more backend like these.
 fn collect_cmake(to: &Path) -> io::Result<()> {
     fs::create_dir_all(to)?;
@@ -58,6 +73,20 @@ fn collect_cmake(to: &Path) -> io::Result<()> {
         fs::copy(Path::new("rust/cmake").join(name), to.join(name))?;
     }
     Ok(())
+}
+
+/// Of all files there (FNV-1a): what was found out about a machine holds for these kernels.
+fn hash(folder: &Path) -> io::Result<u64> {
+    let mut paths: Vec<_> =
+        fs::read_dir(folder)?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?;
+    paths.sort();
+    let mut hash = 0xcbf2_9ce4_8422_2325;
+    for path in paths {
+        for byte in fs::read(path)? {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+    Ok(hash)
 }
 
 /// What a backend must be built from to be loaded beside these libraries; `engine_of` in

@@ -29,6 +29,7 @@ __all__ = [
     "get_optimal_binary",
     "inspect_gguf",
     "keep_last_line",
+    "kernels",
     "list_devices",
     "load_gpu_backend",
     "measure_attention",
@@ -446,6 +447,7 @@ def list_devices() -> list[dict[str, Any]]:
 def memory_info() -> dict[str, int | None]:
     """Bytes: total, available and limit (of the cgroup) for us; resident and private are ours."""
 
+def kernels() -> str | None: ...
 def weight_layouts() -> tuple[dict[str, float], bool]:
     """The types of weights that the CPU module lays out anew, each with what a byte of it becomes;
     and whether K-quants stay as they are all the same."""

@@ -96,7 +96,8 @@ def machine() -> str:
     """What a fact about this processor holds for: the processor, and what we make it run."""
     cpu = core.detect_cpu()
     kind = ".".join(str(cpu[part]) for part in ("family", "model", "stepping"))
-    return f"{cpu['brand']} {kind}|{core.__version__}|{core.LLAMA_CPP_VERSION}"
+    built = f"{core.__version__}|{core.LLAMA_CPP_VERSION}|{core.kernels() or 'no kernels'}"
+    return f"{cpu['brand']} {kind}|{built}"
 
 
 def check_folder() -> None:

@@ -33,3 +33,18 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     add_compile_options(
         "$<$<COMPILE_LANGUAGE:CXX>:SHELL:-include ${CMAKE_CURRENT_LIST_DIR}/gcc_amx.h>")
 endif()
+
+# Each CPU module gets our products as well; what it was not compiled for leaves them out.
+function(add_kernels)
+    get_property(targets DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}/src" PROPERTY BUILDSYSTEM_TARGETS)
+    foreach(target IN LISTS targets)
+        if(target MATCHES "^ggml-cpu" AND NOT target MATCHES "-feats$")
+            target_sources(${target} PRIVATE "${KERNELS}/attention.cpp" "${KERNELS}/tiles.cpp")
+        endif()
+    endforeach()
+endfunction()
+
+set(KERNELS "${CMAKE_CURRENT_LIST_DIR}/../kernels")
+if(PROJECT_NAME STREQUAL "ggml" AND EXISTS "${KERNELS}")
+    cmake_language(DEFER CALL add_kernels)  # its targets are still to come
+endif()

@@ -210,6 +210,39 @@ int ta_probe_cpu(ta_error * error) TA_NOEXCEPT;
 // The same on each GPU of the backends that are loaded; refuses where they find none.
 int ta_probe_gpus(ta_error * error) TA_NOEXCEPT;
 
+// One product of a matrix on the CPU module that is loaded, with its weights as in a file (`layout` 0), or in
+// the first, second, … of its own layouts. 0: that layout does not take such weights.
+typedef struct {
+    int64_t columns;
+    int64_t rows;
+    int64_t batch;    // rows of input
+    int64_t experts;  // 0: one matrix for all; else so many, of which each row uses two
+    int32_t times;
+    int32_t threads;
+} ta_product;
+typedef struct {
+    double error;    // the largest, as a part of the largest number
+    double seconds;  // the least
+} ta_product_found;
+int ta_multiply(int32_t type, int32_t layout, const ta_product * asked, ta_product_found * found,
+                ta_error * error) TA_NOEXCEPT;
+
+// How far flash attention over a cache of f16 is from the same in double precision, as a part of the largest
+// number.
+typedef struct {
+    int32_t dim;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t n_tokens;
+    int32_t n_cells;
+    int32_t n_streams;
+    int32_t threads;
+    bool    is_causal;  // else each token sees cells here and there, and the first of several none
+    bool    has_sinks;
+    float   max_bias;
+} ta_attended;
+int ta_attend(const ta_attended * asked, double * off, ta_error * error) TA_NOEXCEPT;
+
 // Into how many bytes the CPU module that is loaded lays a byte of weights of this type out anew; 0
 // where it leaves them as they are.
 int ta_relaid(int32_t type, double * factor, ta_error * error) TA_NOEXCEPT;

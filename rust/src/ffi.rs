@@ -317,8 +317,16 @@ unsafe extern "C" {
     fn ta_cpu_has(feature: *const c_char, error: *mut ShimError) -> c_int;
     fn ta_cpu_seconds() -> f64;
     fn ta_backend_load(path: *const c_char, error: *mut ShimError) -> c_int;
+    fn ta_attend(asked: *const Attended, off: *mut f64, error: *mut ShimError) -> c_int;
     fn ta_relaid(kind: i32, factor: *mut f64, error: *mut ShimError) -> c_int;
     fn ta_probe_cpu(error: *mut ShimError) -> c_int;
+    fn ta_multiply(
+        kind: i32,
+        layout: i32,
+        asked: *const Product,
+        found: *mut ProductFound,
+        error: *mut ShimError,
+    ) -> c_int;
     fn ta_probe_gpus(error: *mut ShimError) -> c_int;
     pub(crate) fn ta_samplers_apply(
         vocab: *const llama_vocab,
@@ -405,6 +413,62 @@ pub(crate) unsafe fn memory(context: *const ShimContext) -> Result<Vec<MemoryUse
             compute: found.compute,
         });
     }
+}
+
+/// One product of a matrix, or of two out of so many `experts`, with `batch` rows of input.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Product {
+    pub columns: i64,
+    pub rows: i64,
+    pub batch: i64,
+    pub experts: i64,
+    pub times: i32,
+    pub threads: i32,
+}
+
+/// The largest error, as a part of the largest number, and the least time.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ProductFound {
+    pub error: f64,
+    pub seconds: f64,
+}
+
+/// Multiplies on the CPU module that is loaded, with the weights as in a file (0), or in the first,
+/// second, … of its own layouts. None: that layout does not take such weights.
+pub fn multiply(kind: u32, layout: u32, asked: Product) -> Result<Option<ProductFound>> {
+    let mut found = ProductFound::default();
+    // SAFETY: two structs that outlive the call.
+    let status = call(|error| unsafe {
+        ta_multiply(kind as i32, layout as i32, &asked, &mut found, error)
+    })?;
+    Ok((status == 1).then_some(found))
+}
+
+/// Flash attention over a cache of f16, with numbers that look like chance.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Attended {
+    pub dim: i32,
+    pub n_head: i32,
+    pub n_head_kv: i32,
+    pub n_tokens: i32,
+    pub n_cells: i32,
+    pub n_streams: i32,
+    pub threads: i32,
+    /// Else each token sees cells here and there, and the first of several none.
+    pub is_causal: bool,
+    pub has_sinks: bool,
+    pub max_bias: f32,
+}
+
+/// How far it is from the same in double precision, as a part of the largest number.
+pub fn attend(asked: Attended) -> Result<f64> {
+    let mut off = f64::NAN;
+    // SAFETY: a struct and a number that outlive the call.
+    call(|error| unsafe { ta_attend(&asked, &mut off, error) })?;
+    Ok(off)
 }
 
 /// Into how many bytes the CPU module that is loaded lays a byte of weights of a type out anew; None

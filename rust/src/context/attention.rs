@@ -15,6 +15,7 @@ use crate::config::{ContextConfig, FlashAttention, KvType};
 use crate::error::{Error, Result};
 use crate::ffi::{self, AttentionCase, AttentionShape};
 use crate::gguf::Description;
+use crate::hardware::modules;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attention {
@@ -34,6 +35,9 @@ pub const ALL: [Attention; 4] = [
     Attention { flash_attn: FlashAttention::Off, kv_type: KvType::F32 },
 ];
 const PLAIN_BF16: Attention = Attention { flash_attn: FlashAttention::Off, kv_type: KvType::Bf16 };
+
+/// The heads that rust/kernels/attention.cpp is written for.
+const KERNEL_DIMS: [u32; 6] = [32, 64, 80, 96, 128, 256];
 
 /// The scores of a step without flash attention take at most this share of the free memory.
 const SHARE_OF_FREE_MEMORY: u64 = 8;
@@ -80,11 +84,13 @@ impl Options {
         (!choices.is_empty()).then(|| Options { heads, n_ctx: depth(n_ctx), n_threads, choices })
     }
 
-    /// Without a measurement: llama.cpp's own choice, unless the CPU module multiplies bf16
-    /// natively. On both processors that were looked at and do, plain attention over a cache of bf16
-    /// decoded 1.4 to 2.6 times as fast at depth, and read prompts a few percent slower.
+    /// Without a measurement: llama.cpp's own choice, which is what our kernels compute; without them,
+    /// another one if the CPU module multiplies bf16 natively. On both processors that were looked at
+    /// and do, plain attention over a cache of bf16 then decoded 1.4 to 2.6 times as fast at depth, and
+    /// read prompts a few percent slower.
     pub fn built_in(&self) -> Attention {
-        let has_bf16 = ffi::cpu_has(c"AVX512_BF16");
+        let has_kernel = modules::has_kernels() && KERNEL_DIMS.contains(&self.heads.dim);
+        let has_bf16 = ffi::cpu_has(c"AVX512_BF16") && !has_kernel;
         match self.choices.contains(&PLAIN_BF16) && has_bf16 {
             true => PLAIN_BF16,
             false => self.choices[0],

@@ -7,6 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::cpuid::{self, AMX_STATE, AVX_STATE, AVX512_STATE};
 use crate::error::{Error, Result};
@@ -117,6 +118,36 @@ fn examine(name: String, path: PathBuf) -> std::result::Result<CpuModule, String
 /// With the first module that is asked, ggml itself stays loaded: it sets C++'s terminate handler when
 /// it comes, does not take it back when it goes, and aborts when it comes again.
 static KEPT: OnceLock<libloading::Library> = OnceLock::new();
+
+/// Which kernels of `rust/kernels/` modules get: those of this build, or none with `TABAGENT_KERNELS=0`.
+pub fn kernels() -> Option<&'static str> {
+    let is_off = std::env::var_os("TABAGENT_KERNELS").is_some_and(|value| value == "0");
+    (!is_off).then_some(env!("TABAGENT_KERNELS_VERSION"))
+}
+
+/// Gives them to a module that llama.cpp has loaded, if it was compiled with any.
+pub fn add_kernels(module: &CpuModule) {
+    if kernels().is_none() {
+        return;
+    }
+    // SAFETY: a module of our own package, which is loaded already; the function is ours, and nobody
+    // computes yet.
+    unsafe {
+        if let Ok(library) = open(&module.path)
+            && let Ok(add) = library.get::<unsafe extern "C" fn()>(b"tabagent_add_kernels\0")
+        {
+            add();
+            HAS_KERNELS.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+static HAS_KERNELS: AtomicBool = AtomicBool::new(false);
+
+/// Whether the module that computes has them.
+pub fn has_kernels() -> bool {
+    HAS_KERNELS.load(Ordering::Relaxed)
+}
 
 fn score(path: &Path) -> std::result::Result<i32, libloading::Error> {
     // SAFETY: the modules of our own package, which llama.cpp would load and ask the same way.

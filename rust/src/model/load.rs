@@ -14,7 +14,7 @@ use super::{Model, start, tokenizer::Vocabulary};
 use crate::config::{ModelConfig, SplitMode};
 use crate::constraint::Constraints;
 use crate::error::{Error, Result};
-use crate::hardware::memory;
+use crate::hardware::{memory, modules};
 use crate::{ffi, gguf, log};
 
 pub(super) fn load(
@@ -134,17 +134,17 @@ unsafe extern "C" fn heard(fraction: f32, hear: *mut c_void) -> bool {
 
 /// Whether weights are better laid out anew for the CPU.
 ///
-/// They are, except K-quants with AVX512_VNNI: left as they are, ggml's tiled kernels read prompts 1.8
-/// to 2.6 times as fast, while a single row takes 1.04 to 1.19 times as long (docs/performance.md); and
-/// loading copies nothing, and processes share the file's memory. AMX has a layout of its own, which
-/// nothing was measured against.
+/// They are, except K-quants with AVX512_VNNI where our own layouts are turned off: left as they are,
+/// ggml's tiled kernels read prompts 1.8 to 2.6 times as fast, while a single row takes 1.04 to 1.19 times
+/// as long (docs/performance.md); and loading copies nothing, and processes share the file's memory.
+/// AMX has a layout of its own, which nothing was measured against.
 fn repack_pays(description: &gguf::Description) -> bool {
     !(k_quants_stay() && description.quantization.contains("_K"))
 }
 
 /// See `repack_pays`.
 pub fn k_quants_stay() -> bool {
-    ffi::cpu_has(c"AVX512_VNNI") && !ffi::cpu_has(c"AMX_INT8")
+    ffi::cpu_has(c"AVX512_VNNI") && !ffi::cpu_has(c"AMX_INT8") && !modules::has_kernels()
 }
 
 /// The types of weights that are laid out anew for the CPU, and into how many bytes each byte of them.

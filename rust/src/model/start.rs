@@ -118,7 +118,10 @@ pub(super) fn backend() -> Result<&'static LlamaBackend> {
 }
 
 fn load_module(folder: &Path, module: &str) -> Result<()> {
-    load_library(&modules::find(folder, module)?.path).map(drop)
+    let module = modules::find(folder, module)?;
+    load_library(&module.path)?;
+    modules::add_kernels(&module);
+    Ok(())
 }
 
 /// What it complained of, though it was loaded.

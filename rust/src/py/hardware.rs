@@ -95,6 +95,12 @@ pub(super) fn list_devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
     found.into_iter().map(plain).collect()
 }
 
+/// Which kernels of ours CPU modules get.
+#[pyfunction]
+pub(super) fn kernels() -> Option<&'static str> {
+    modules::kernels()
+}
+
 /// The types of weights that the CPU module lays out anew, each with how large a byte of it becomes; and
 /// whether K-quants stay as they are all the same.
 #[pyfunction]

@@ -31,9 +31,9 @@ mod _core {
     use super::file::ModelFile;
     #[pymodule_export]
     use super::hardware::{
-        cpu_modules, detect_cpu, detect_gpus, get_cpu_variant, get_optimal_binary, list_devices,
-        load_gpu_backend, memory_info, probe_cpu_module, probe_gpu_backend, process_rss_mb,
-        weight_layouts,
+        cpu_modules, detect_cpu, detect_gpus, get_cpu_variant, get_optimal_binary, kernels,
+        list_devices, load_gpu_backend, memory_info, probe_cpu_module, probe_gpu_backend,
+        process_rss_mb, weight_layouts,
     };
     #[pymodule_export]
     use super::model::PyModel;
