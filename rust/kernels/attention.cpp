@@ -204,7 +204,7 @@ struct Panel {
         for (const ggml_tensor * tensor : {work.k, work.v}) {
             for (int64_t c = cell; c < cell + count; ++c) {
                 const auto * at = Work::row<uint8_t>(tensor, c, group, stream);
-                for (int64_t i = 0; i < bytes; i += 64) {
+                for (int64_t i = 0; i + 64 <= bytes; i += 64) {
                     seen = _mm512_xor_si512(seen, _mm512_loadu_si512(at + i));
                 }
             }

@@ -676,7 +676,12 @@ ggml_status init_tensor(ggml_backend_buffer_t, ggml_tensor * weights) {
 
 void set_tensor(ggml_backend_buffer_t, ggml_tensor * weights, const void * data, size_t offset, size_t size) {
     GGML_ASSERT(offset == 0 && size == ggml_nbytes(weights));
-    static_cast<const Layout *>(weights->extra)->pack(weights, static_cast<const uint8_t *>(data));
+    const auto * layout = static_cast<const Layout *>(weights->extra);
+    if (layout) {
+        layout->pack(weights, static_cast<const uint8_t *>(data));
+    } else {
+        memcpy(weights->data, data, size);
+    }
 }
 
 const char * name(ggml_backend_buffer_type_t) { return "CPU_TILES"; }
