@@ -27,7 +27,7 @@ constexpr int     WIDE   = 16;   // queries of a wide panel,
 constexpr int     NARROW = 8;    // and at most of a narrow one
 constexpr int64_t FEW    = 14;   // up to so many, narrow panels are faster
 constexpr int     BLOCK  = 64;   // cells whose scores are looked at together
-constexpr int     VALUES = 32;   // cells whose values are turned into floats at a time, if that pays
+constexpr int     VALUES = 32;   // cells whose values are turned into floats at a time
 constexpr int64_t PART   = 256;  // cells that one thread takes without the others
 
 // The lowest score: as far away as -INFINITY, but the difference of two of them is a number.
@@ -128,7 +128,7 @@ struct Work {
     int64_t n_places() const { return n_panels * n_shares * n_streams; }
     int64_t groups_at_once() const { return (n_groups + n_shares - 1) / n_shares; }
 
-    // Narrow panels leave the joining of their parts to whoever comes last.
+    // What threads take one after the other: a narrow panel part by part, which are joined afterwards.
     int64_t n_pieces() const { return is_narrow() ? n_places() * n_parts : n_places(); }
 
     // What a thread needs for itself, and what a part leaves behind, in floats.
