@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,13 @@ def num_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def children() -> list[int]:
-    path = Path(f"/proc/self/task/{os.getpid()}/children")
-    tasks = Path("/proc/self/task").iterdir() if path.exists() else []
-    found = " ".join((task / "children").read_text() for task in tasks)
-    return [int(pid) for pid in found.split() if is_alive(int(pid))]
+def children(parent: int | None = None) -> list[int]:
+    """By the parent that each names: a list by thread lacks those of a thread that has just
+    ended."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            state, its_parent, *_ = (process / "stat").read_text().rpartition(")")[2].split()
+            if int(its_parent) == (parent or os.getpid()) and state != "Z":
+                found.append(int(process.name))
+    return sorted(found)

@@ -29,6 +29,7 @@ from tabagent_model import (
 from tabagent_model.isolation import child as starting
 from tabagent_model.isolation import respawn, spawn, verdicts
 from tabagent_model.params import BUNDLED_MODEL
+from workers import children, num_files, pid_of, until
 
 pytestmark = [
     pytest.mark.model,
@@ -87,19 +88,6 @@ def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdicts, "CRASHES", 1000)
     monkeypatch.setattr(verdicts, "_crashes", {})
     monkeypatch.setattr(respawn, "BACKOFF_S", 0.0)
-
-
-def pid_of(model: Model | AsyncModel) -> int:
-    return int(model.info()["worker_pid"])
-
-
-def num_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def children() -> list[int]:
-    found = [(task / "children").read_text() for task in Path("/proc/self/task").iterdir()]
-    return [int(pid) for pid in " ".join(found).split()]
 
 
 USES: dict[str, Callable[[Model], Any]] = {
@@ -296,14 +284,6 @@ def test_what_was_pinned_is_computed_again_by_the_next_worker():
             usage = model.generate([*beginning, 6], max_tokens=1).usage
             assert usage.cached_tokens == pin.tokens
         pin.release()
-
-
-def until(is_so: Callable[[], bool]) -> bool:
-    for _ in range(1000):
-        if is_so():
-            return True
-        time.sleep(0.005)
-    return False
 
 
 def eventually(model: Model) -> Completion:

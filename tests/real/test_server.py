@@ -24,6 +24,7 @@ import pytest
 from serving import Served, events_of, post, status_of, wait_until
 from tabagent_model import AsyncModelManager, Model
 from tabagent_model.params import BUNDLED_MODEL
+from workers import children
 
 pytestmark = pytest.mark.model
 
@@ -458,9 +459,8 @@ def test_a_worker_that_dies_takes_only_its_requests_along():
         ) as answer:
             lines = answer.iter_lines()
             next(lines)
-            for children in Path(f"/proc/{process.child.pid}/task").glob("*/children"):
-                for child in children.read_text().split():
-                    os.kill(int(child), signal.SIGKILL)
+            for worker in children(process.child.pid):
+                os.kill(worker, signal.SIGKILL)
             *_, error, _, done, _ = lines
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "worker_crashed"
         assert done == "data: [DONE]"
