@@ -347,6 +347,21 @@ async def test_an_outbox_gives_the_first_at_once_and_then_what_has_come():
     assert taken == [b"1", b"2345", b"6", b"7"]
 
 
+async def test_an_outbox_waits_for_nobody_while_it_can_write():
+    outbox, written, taken = Outbox(batch=3), [], []
+    outbox.write = lambda data: len(written) < 2 and not written.append(data)
+    for piece in (b"1", b"2", b"3"):
+        outbox.put(piece)
+    assert written == [b"1"]
+    while len(written) < 2:  # what is left goes when 10 ms have passed
+        await asyncio.sleep(0.001)
+    for piece in (b"4", b"5", b"6", b"7"):  # and what cannot be written is waited for
+        outbox.put(piece)
+    outbox.close()
+    taken += [data async for data in outbox]
+    assert (written, taken) == ([b"1", b"23"], [b"4567"])
+
+
 # Who may ask.
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar
 
 from .errors import InvalidRequestError
 
@@ -43,12 +43,15 @@ BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny-chat.gguf"
 class _Config:
     """What both configs share: changed copies, and the way to dicts and JSON and back."""
 
+    _defaults: ClassVar[dict[str, Any]]
+    """By the names of all fields."""
+
     def validate(self) -> Self:
         """Check every field again; an error names the field, its value and its range."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
-        for name, default in _defaults(type(self)).items():
+        for name, default in self._defaults.items():
             if getattr(self, name) is None:
                 _put(self, name, default)
         self.validate()
@@ -87,6 +90,7 @@ class _Config:
 
 def _refuses_unknown(config: type[C]) -> type[C]:
     """Let the generated constructor answer a wrong keyword with the right one."""
+    config._defaults = {each.name: each.default for each in fields(config)}  # type: ignore[arg-type]
     plain: Callable[..., None] = config.__init__
 
     @wraps(plain)
@@ -556,7 +560,7 @@ class ToolRunFields(GenerationFields, TemplateFields, total=False):
 
 def _known(config: type[_Config], given: Mapping[str, Any]) -> dict[str, Any]:
     """The given fields under their own names; a name that is none gets the closest one as hint."""
-    names = [each.name for each in fields(config)]  # type: ignore[arg-type]
+    names = config._defaults
     known = dict(given)
     if "n_gpu_layers" in known and "gpu_layers" in names:
         layers = known.pop("n_gpu_layers")
@@ -572,10 +576,6 @@ def _known(config: type[_Config], given: Mapping[str, Any]) -> dict[str, Any]:
             message = f"{config.__name__} has no field `{name}`"
             raise InvalidRequestError(message, hint=hint, name=str(name))
     return known
-
-
-def _defaults(config: type[_Config]) -> dict[str, Any]:
-    return {each.name: each.default for each in fields(config)}  # type: ignore[arg-type]
 
 
 def _copied(value: Any) -> Any:

@@ -60,6 +60,10 @@ class _Shape(Generic[D, R]):
         """`logprobs` are those of all that was read so far; what is new of them is told."""
         raise NotImplementedError
 
+    def text_of(self, item: D | R | PromptProgress) -> str | None:
+        """What is told, if it is a piece of text and nothing else."""
+        raise NotImplementedError
+
     def progress(self, index: int, progress: PromptProgress) -> dict[str, Any]:
         """How far the prompt is read, with a piece that says nothing."""
         return {**self._nothing(index), "prompt_progress": asdict(progress)}
@@ -118,6 +122,11 @@ class ChatShape(_Shape[ChatDelta, ChatCompletion]):
             told["tool_calls"] = [{"index": call.index, **begin, "function": function}]
         return self._delta(index, told, chat_logprobs(self._untold(index, logprobs)))
 
+    def text_of(self, item: ChatDelta | ChatCompletion | PromptProgress) -> str | None:
+        if isinstance(item, ChatDelta) and not item.reasoning and item.tool_call is None:
+            return item.content
+        return None
+
     def last(self, index: int, result: ChatCompletion) -> dict[str, Any]:
         choice = {
             "index": index,
@@ -170,6 +179,9 @@ class CompletionShape(_Shape[str, Completion]):
     def piece(self, index: int, delta: str, logprobs: Logprobs = None) -> dict[str, Any]:
         told = self._told(index, logprobs)
         return self._chunk({"text": delta, "index": index, "logprobs": told, "finish_reason": None})
+
+    def text_of(self, item: str | Completion | PromptProgress) -> str | None:
+        return item if isinstance(item, str) else None
 
     def last(self, index: int, result: Completion) -> dict[str, Any]:
         told = self._told(index, result.logprobs)

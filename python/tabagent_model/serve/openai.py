@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from math import inf
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote
@@ -137,6 +138,7 @@ class Events:
     ) -> None:
         self._answers = WithProgress(answers) if tells_progress else answers
         self._shape: Any = shape
+        self._around: dict[int, tuple[bytes, bytes]] = {}
         numbers = range(len(answers.results))
         self._ready = deque(_event(chunk) for index in numbers for chunk in shape.first(index))
         self._is_over = False
@@ -167,15 +169,29 @@ class Events:
             self._ready.append(_event(refusal_of(error)[1]))
             self._end()
         else:
-            self._ready.append(_event(self._told(index, item)))
+            self._ready.append(self._told(index, item))
 
-    def _told(self, index: int, item: Any) -> dict[str, Any]:
+    def _told(self, index: int, item: Any) -> bytes:
+        logprobs = self._answers.logprobs(index)
+        if logprobs is None and (text := self._shape.text_of(item)):
+            return self._text_event(index, item, text)
+        return _event(self._chunk(index, item, logprobs))
+
+    def _text_event(self, index: int, item: Any, text: str) -> bytes:
+        """Nearly all events: what is around the text is the same each time."""
+        if (around := self._around.get(index)) is None:
+            event = _event(self._shape.piece(index, type(item)(_HERE)))
+            before, _, after = event.partition(_encode(_HERE).encode())
+            around = self._around[index] = before, after
+        return around[0] + encode_basestring(text).encode() + around[1]
+
+    def _chunk(self, index: int, item: Any, logprobs: Any) -> dict[str, Any]:
         if isinstance(item, Completion):
             told: dict[str, Any] = self._shape.last(index, item)
         elif isinstance(item, PromptProgress):
             told = self._shape.progress(index, item)
         else:
-            told = self._shape.piece(index, item, self._answers.logprobs(index))
+            told = self._shape.piece(index, item, logprobs)
         return told
 
     def _end(self) -> None:
@@ -315,6 +331,8 @@ def json_bytes(content: object) -> bytes:
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+# In the place of a text; a name or an id is printable.
+_HERE = "\0"
 _DONE = b"data: [DONE]\n\n"
 
 ROUTES: dict[str, tuple[str, Callable[[Service, Any], Awaitable[dict[str, Any] | Events]]]] = {

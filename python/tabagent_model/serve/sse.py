@@ -1,8 +1,10 @@
 """Answers on their way to a client that may be slow, or gone.
 
-    Events ──▶ reader ──▶ Outbox ──▶ writer ──▶ the connection
+    Events ──▶ reader ──▶ Outbox ──▶ (writer) ──▶ the connection
                              ▲
             supervisor: pings, time limits, and the client that leaves
+
+A connection of our own server takes what is due without the writer, unless its client is slow.
 
 Whoever leaves ends what was asked for: its place in the engine is free within a step.
 """
@@ -61,6 +63,7 @@ class EventStream:
         self._outbox = Outbox(config.stream_batch)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._outbox.write = scope.get(WRITE, self._outbox.write)
         reader = asyncio.ensure_future(self._read())
         writer = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(_client_left(receive))
@@ -129,6 +132,8 @@ class Outbox:
     def __init__(self, batch: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._batch = batch
+        self.write: Callable[[bytes], bool] = lambda data: False
+        """Sends what is due, if that needs no waiting."""
         self._pieces: list[bytes] = []
         self._is_closed = False
         self._is_sending = False
@@ -142,7 +147,7 @@ class Outbox:
             return
         self._pieces.append(piece)
         if len(self._pieces) >= self._batch or (now := self._loop.time()) >= self._due:
-            self._wake()
+            self._send()
         elif self._timer is None:
             self._timer = self._loop.call_later(self._due - now, self._ring)
 
@@ -178,10 +183,7 @@ class Outbox:
         if not self._pieces:
             raise StopAsyncIteration
         data = b"".join(self._pieces)
-        self._pieces.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._take_out()
         self._is_sending = True
         self._touched = self._loop.time()
         return data
@@ -193,7 +195,20 @@ class Outbox:
 
     def _ring(self) -> None:
         self._timer, self._due = None, 0.0  # a timer may ring a little early by the loop's clock
-        self._wake()
+        self._send()
+
+    def _send(self) -> None:
+        if not self._is_sending and self.write(b"".join(self._pieces)):
+            self._take_out()
+            self.acknowledge()
+        else:
+            self._wake()
+
+    def _take_out(self) -> None:
+        self._pieces.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -202,6 +217,9 @@ class Outbox:
 
 ABORT = "tabagent.abort"
 """In a scope: closes the connection without waiting for what the client has not read."""
+
+WRITE = "tabagent.write"
+"""In a scope: takes a piece of the body at once and says so, or says that it cannot."""
 
 _MOST_HELD = 8_000_000
 

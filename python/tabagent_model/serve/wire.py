@@ -6,13 +6,14 @@ Applied to the bytes themselves, before there is a request that somebody could l
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from .config import ServerConfig
 from .openai import error_body, json_bytes
-from .sse import ABORT
+from .sse import ABORT, WRITE
 
 
 def connection_of(limits: ServerConfig) -> type[HttpToolsProtocol]:
@@ -68,6 +69,7 @@ def connection_of(limits: ServerConfig) -> type[HttpToolsProtocol]:
             self._head_bytes = -1
             self._forget_deadline()
             super().on_headers_complete()
+            cast("dict[str, Any]", self.scope)[WRITE] = partial(self._write, self.cycle)
 
         def on_message_complete(self) -> None:
             self._head_bytes = 0  # what comes now is the next head
@@ -78,6 +80,14 @@ def connection_of(limits: ServerConfig) -> type[HttpToolsProtocol]:
                 self._refuse(431, "headers_too_large", f"at most {_MOST_HEADERS} headers")
             else:
                 self._refuse(400, "invalid_http", "this is not HTTP/1.1 as it should be")
+
+        def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
+            """What `send` does with a piece of a body in the end, if it needs no waiting."""
+            is_open = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
+            if not (is_open and cycle.chunked_encoding) or self.flow.write_paused:
+                return False
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            return True
 
         def _note(self, num_bytes: int) -> None:
             self._told_bytes += num_bytes
