@@ -11,7 +11,7 @@ import multiprocessing
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -250,8 +250,13 @@ def http(
     seed: int,
     shared: int = 0,
     per_s: float = 0.0,
+    counts_http: bool = False,
 ) -> Figures:
-    """Chats over HTTP: of clients that ask in turns, or of as many as come, `per_s`."""
+    """Chats over HTTP: of clients that ask in turns, or of as many as come, `per_s`.
+
+    What HTTP costs is what the server takes beside its worker, less what asking such a worker takes
+    without HTTP.
+    """
     dice = random.Random(seed)
     beginning = [{"role": "system", "content": words(shared, seed + _LONG)}] if shared else []
     chats = []
@@ -270,7 +275,11 @@ def http(
     figures = _heard_figures(heard)
     figures["client_percent"] = cpu / seconds * 100
     if isinstance(engine, OurServer):
-        figures["door_us_per_token"] = door / sum(each.tokens for each in heard) * 1e6
+        per_token = door / sum(each.tokens for each in heard)
+        figures["door_us_per_token"] = per_token * 1e6
+        if counts_http:
+            without = _seconds_without_http(engine.setting, chats, clients)
+            figures["http_us_per_token"] = (per_token - without) * 1e6
     return figures
 
 
@@ -337,6 +346,35 @@ def _warm_up_server(engine: OurServer | LlamaServer) -> None:
 def _door_seconds(engine: Any) -> float:
     """CPU seconds of what a server does beside computing, where that is a process of its own."""
     return engine.door_seconds() if isinstance(engine, OurServer) else 0.0
+
+
+def _seconds_without_http(setting: Setting, chats: Sequence[load.Chat], clients: int) -> float:
+    """CPU seconds per token of a program that asks the same of a worker process of its own."""
+    import uvloop  # the server runs on it, too
+
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    engine = OursAsync(replace(setting, options={"isolation": "process"}))
+    num_tokens = 0
+
+    async def client(left: Iterator[load.Chat]) -> None:
+        nonlocal num_tokens
+        for chat in left:
+            fields = {"max_tokens": chat.tokens, "ignore_eos": True, **chat.fields}
+            async with engine.model.stream_chat(chat.messages, **fields) as pieces:
+                async for _ in pieces:
+                    pass
+            num_tokens += pieces.usage.completion_tokens
+
+    async def in_turns(left: Iterator[load.Chat]) -> None:
+        await asyncio.gather(*(client(left) for _ in range(clients)))
+
+    try:
+        engine.loop.run_until_complete(in_turns(iter(chats[:4])))
+        num_tokens, before = 0, time.process_time()
+        engine.loop.run_until_complete(in_turns(iter(chats)))
+        return (time.process_time() - before) / num_tokens
+    finally:
+        engine.close()
 
 
 def _between(dice: random.Random, low: int, high: int) -> int:

@@ -344,7 +344,7 @@ async def test_an_outbox_gives_the_first_at_once_and_then_what_has_come():
     outbox.put(b"7")
     outbox.close()
     taken += [data async for data in outbox]
-    assert taken == [b"1", b"2345", b"6", b"7"]
+    assert taken == [(b"1", False), (b"2345", False), (b"6", False), (b"7", True)]
 
 
 async def test_an_outbox_waits_for_nobody_while_it_can_write():
@@ -359,7 +359,7 @@ async def test_an_outbox_waits_for_nobody_while_it_can_write():
         outbox.put(piece)
     outbox.close()
     taken += [data async for data in outbox]
-    assert (written, taken) == ([b"1", b"23"], [b"4567"])
+    assert (written, taken) == ([b"1", b"23"], [(b"4567", True)])
 
 
 # Who may ask.

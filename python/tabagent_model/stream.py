@@ -215,7 +215,7 @@ class _AsyncStream(_Stream[Item, Result]):
     async def __anext__(self) -> Item:
         import asyncio
 
-        inbox = await self._start()
+        inbox = self._inbox or await self._start()
         while True:
             if self._items:
                 return self._items.popleft()

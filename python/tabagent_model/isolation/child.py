@@ -36,6 +36,8 @@ from .memory import Tenant, sizes
 from .spawn import command, last_line, new_notes, spawned
 
 if TYPE_CHECKING:
+    from io import FileIO
+
     from ..params import ModelConfig
 
 
@@ -55,6 +57,8 @@ class Child:
         self._has_begun = self._is_loading = False
         self._pulse: Any = None
         self._last_rss_mb: float | None = None
+        self._statm: FileIO | None = None
+        """Where the kernel tells how much memory it has; it is looked at for each answer."""
         self._answers: dict[int, Answer] = {}
         self._progress: Callable[[float], Any] = lambda fraction: None
         self._interrupted: BaseException | None = None
@@ -99,8 +103,10 @@ class Child:
 
     def rss_mb(self) -> float | None:
         try:
-            with open(f"/proc/{self.pid}/statm", "rb", 0) as file:  # noqa: PTH123 - for each answer
-                return int(file.read().split()[1]) * PAGESIZE / 2**20
+            if self._statm is None:
+                self._statm = Path(f"/proc/{self.pid}/statm").open("rb", 0)  # noqa: SIM115
+            told = os.pread(self._statm.fileno(), 100, 0)
+            return int(told.split()[1]) * PAGESIZE / 2**20
         except (OSError, LookupError, ValueError):  # not Linux, or it has ended
             return None if self._end else self._last_rss_mb
 
@@ -234,6 +240,8 @@ class Child:
         self.wait()
         self._wire.close()
         os.close(self._notes)
+        if self._statm is not None:
+            self._statm.close()
         for answer in answers.values():
             answer(None, copy(error))
         return error

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from random import Random
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
-from uuid import uuid4
 
 from .. import _core
 from ..results import ChatCompletion, ChatDelta, Completion
@@ -34,7 +35,7 @@ class _Shape(Generic[D, R]):
         self._num_told: dict[int, int] = {}
         """How many logprobs of each answer were told."""
         self._head = {
-            "id": f"{self.prefix}-{uuid4().hex}",
+            "id": f"{self.prefix}-{new_id()}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": f"tabagent-{_core.__version__}",
@@ -275,6 +276,16 @@ def completion_logprobs(
         "top_logprobs": [{top.text: top.logprob for top in each.top} for each in logprobs],
         "text_offset": offsets,
     }
+
+
+def new_id() -> str:
+    """32 digits that nobody else has; they are no secret, so the system need not be asked."""
+    return f"{_DICE.getrandbits(128):032x}"
+
+
+_DICE = Random()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_DICE.seed)
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from ..results import ChatCompletion, ChatDelta, Usage
 from . import openai
 from ._request import ChatRequest, Fields
+from ._shapes import new_id
 from .openai import json_bytes
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ _ERRORS = {
 
 def _message(model: str) -> dict[str, Any]:
     return {
-        "id": f"msg_{uuid4().hex}",
+        "id": f"msg_{new_id()}",
         "type": "message",
         "role": "assistant",
         "model": model,

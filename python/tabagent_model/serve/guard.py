@@ -19,11 +19,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from hashlib import sha256
 from typing import Any
-from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ._shapes import new_id
 from .config import ServerConfig
 from .openai import error_body, json_bytes
 
@@ -130,7 +130,7 @@ class _Exchange:
 
     def __init__(self, scope: Scope, headers: Headers, send: Send) -> None:
         given = headers.get("x-request-id", "")
-        self.id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid4().hex}"
+        self.id = given if _REQUEST_ID.fullmatch(given) else f"req-{new_id()}"
         self.status = 0
         self._scope = scope
         self._send = send

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import ipaddress
 import logging
 import math
@@ -211,6 +212,8 @@ async def _load(door: Door, manager: AsyncModelManager) -> None:
     finally:
         stop()
     door.service = Service(manager)
+    gc.collect()
+    gc.freeze()  # all of this stays, so the collector need not look at it again and again
 
 
 def manager_of(asked: argparse.Namespace) -> AsyncModelManager:

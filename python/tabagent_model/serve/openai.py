@@ -20,7 +20,6 @@ from json.encoder import encode_basestring
 from math import inf
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote
-from uuid import uuid4
 
 from ..errors import (
     GenerationTimeoutError,
@@ -37,7 +36,7 @@ from ..errors import (
 )
 from ..results import Completion
 from ._request import ChatRequest, CompletionRequest
-from ._shapes import ChatShape, CompletionShape
+from ._shapes import ChatShape, CompletionShape, new_id
 from .progress import PromptProgress, WithProgress
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ async def handle(
 
     Cancelling the task, or closing the events, ends what was begun.
     """
-    about = {"x-request-id": f"req-{uuid4().hex}", "content-type": "application/json"}
+    about = {"x-request-id": f"req-{new_id()}", "content-type": "application/json"}
     try:
         act = _route(method, path)
         asked = read_json(body, headers or {}) if method == "POST" else None
@@ -147,29 +146,27 @@ class Events:
         return self
 
     async def __anext__(self) -> bytes:
-        while not self._ready:
-            if self._is_over:
-                raise StopAsyncIteration
-            await self._read()
+        if self._ready:
+            return self._ready.popleft()
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            index, item = await anext(self._answers)
+        except StopAsyncIteration:
+            if self._shape.includes_usage:
+                self._ready.append(_event(self._shape.usage(self._answers.results)))
+        except Exception as error:
+            self._ready.append(_event(refusal_of(error)[1]))
+        else:
+            return self._told(index, item)
+        self._is_over = True
+        self._ready.append(_DONE)
         return self._ready.popleft()
 
     async def aclose(self) -> None:
         self._is_over = True
         self._ready.clear()
         await self._answers.aclose()
-
-    async def _read(self) -> None:
-        try:
-            index, item = await anext(self._answers)
-        except StopAsyncIteration:
-            if self._shape.includes_usage:
-                self._ready.append(_event(self._shape.usage(self._answers.results)))
-            self._end()
-        except Exception as error:
-            self._ready.append(_event(refusal_of(error)[1]))
-            self._end()
-        else:
-            self._ready.append(self._told(index, item))
 
     def _told(self, index: int, item: Any) -> bytes:
         logprobs = self._answers.logprobs(index)
@@ -193,10 +190,6 @@ class Events:
         else:
             told = self._shape.piece(index, item, logprobs)
         return told
-
-    def _end(self) -> None:
-        self._is_over = True
-        self._ready.append(_DONE)
 
 
 def refusal_of(error: Exception) -> tuple[int, dict[str, Any]]:

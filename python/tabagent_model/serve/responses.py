@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from ..results import ChatCompletion, ChatDelta, Usage
 from ._request import ChatRequest, Fields
+from ._shapes import new_id
 from .openai import json_bytes, refusal_of
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 
 def _item(kind: str, **facts: Any) -> dict[str, Any]:
     parts: dict[str, Any] = {} if kind == "function_call" else {"content": []}
-    return {"type": kind, "id": f"{_PREFIXES[kind]}_{uuid4().hex}", **parts, **facts}
+    return {"type": kind, "id": f"{_PREFIXES[kind]}_{new_id()}", **parts, **facts}
 
 
 def _growing_message() -> dict[str, Any]:
@@ -310,7 +310,7 @@ def _response(body: Fields, model: str) -> dict[str, Any]:
         )
     }
     return {
-        "id": f"resp_{uuid4().hex}",
+        "id": f"resp_{new_id()}",
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -289,9 +289,10 @@ class Answers(Generic[D, R]):
     ) -> None:
         await self.aclose()
 
-    async def _next(self) -> tuple[int, D | R]:
-        if len(self._streams) == 1:
-            return await self._item(self._idle.pop())
+    def _next(self) -> Awaitable[tuple[int, D | R]]:
+        return self._item(self._idle.pop()) if len(self._streams) == 1 else self._next_of_several()
+
+    async def _next_of_several(self) -> tuple[int, D | R]:
         while self._idle:
             index = self._idle.pop(0)
             self._tasks[asyncio.ensure_future(self._item(index))] = index

@@ -89,10 +89,9 @@ class EventStream:
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        async for data in self._outbox:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        async for data, is_last in self._outbox:
+            await send({"type": "http.response.body", "body": data, "more_body": not is_last})
             self._outbox.acknowledge()
-        await send({"type": "http.response.body", "body": b""})
 
     async def _watch(
         self, writer: asyncio.Task[None], gone: asyncio.Task[None], scope: Scope
@@ -126,8 +125,8 @@ class EventStream:
 
 
 class Outbox:
-    """Data that waits to be sent. Iterating gives all that is there, once it is due: the first at
-    once, then when 10 ms have gone by since the last, or `batch` pieces have come."""
+    """Data that waits to be sent. Iterating gives all that is there, once it is due, and whether it
+    is the last: the first at once, then when 10 ms have gone by, or `batch` pieces have come."""
 
     def __init__(self, batch: int) -> None:
         self._loop = asyncio.get_running_loop()
@@ -136,6 +135,7 @@ class Outbox:
         """Sends what is due, if that needs no waiting."""
         self._pieces: list[bytes] = []
         self._is_closed = False
+        self._is_over = False
         self._is_sending = False
         self._touched = self._loop.time()
         self._due = 0.0
@@ -176,17 +176,17 @@ class Outbox:
     def __aiter__(self) -> Outbox:
         return self
 
-    async def __anext__(self) -> bytes:
+    async def __anext__(self) -> tuple[bytes, bool]:
+        if self._is_over:
+            raise StopAsyncIteration
         while not self._is_ready():
             self._waiter = self._loop.create_future()
             await self._waiter
-        if not self._pieces:
-            raise StopAsyncIteration
         data = b"".join(self._pieces)
         self._take_out()
-        self._is_sending = True
+        self._is_over, self._is_sending = self._is_closed, True
         self._touched = self._loop.time()
-        return data
+        return data, self._is_over
 
     def _is_ready(self) -> bool:
         if self._is_closed or len(self._pieces) >= self._batch:
