@@ -298,12 +298,15 @@ def _params_of(config: GenerationConfig | None, given: GenerationFields) -> dict
         hint = "make one stream for each, or call `generate` without `stream`"
         raise InvalidRequestError(message, hint=hint, name="n")
     if config is None:
-        config = GenerationConfig()
+        config = _DEFAULTS
     elif not isinstance(config, GenerationConfig):
         message = f"`config` must be a GenerationConfig, got a {type(config).__name__}"
         raise InvalidRequestError(message, name="config")
     chosen = vars(config.with_fields(**given))
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+_DEFAULTS = GenerationConfig()
 
 
 def _with_seeds(params: dict[str, Any], n: int) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from itertools import islice
 from pathlib import Path
@@ -58,7 +58,12 @@ class _Config:
 
     def with_fields(self, **changes: Any) -> Self:
         """A copy with these fields changed."""
-        return replace(self, **_known(type(self), changes)) if changes else self  # type: ignore[type-var]
+        if not changes:
+            return self
+        changed = object.__new__(type(self))
+        vars(changed).update(vars(self), **_known(type(self), changes))
+        changed.__post_init__()
+        return changed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON."""
