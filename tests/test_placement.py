@@ -249,4 +249,4 @@ def test_weights_are_mapped_copied_or_laid_out_anew(climb, files):
     assert copied.weights == mapped.mapped
     # all but the embedding, the output in q6_k, and the norms
     assert 0.8 * size < anew.weights < size
-    assert anew.mapped == mapped.mapped
+    assert 0 < anew.mapped < 0.2 * size

@@ -8,18 +8,25 @@
 #include <cstdio>
 #include <future>
 #include <iterator>
+#include <map>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+// llama.cpp exports it for its own tests.
+const std::vector<std::pair<std::string, ggml_tensor *>> & llama_internal_get_tensor_map(const llama_model * model);
 
 void ta_thread_computes(bool does) noexcept {
 #if defined(__linux__) && defined(SYS_sched_setattr)
@@ -45,6 +52,18 @@ void ta_thread_computes(bool does) noexcept {
 }
 
 namespace {
+
+// The mappings of a model's files, and how many bytes of weights are used in them: a mapping reaches from
+// the first tensor that is used where it lies to the last, with what was copied elsewhere in between.
+std::map<ggml_backend_buffer_t, size_t> used_of_mappings(const llama_model * model) {
+    std::map<ggml_backend_buffer_t, size_t> used;
+    for (const auto & [name, tensor] : llama_internal_get_tensor_map(model)) {
+        if (tensor->buffer && std::string_view(ggml_backend_buffer_name(tensor->buffer)) == "CPU_Mapped") {
+            used[tensor->buffer] += ggml_nbytes(tensor);
+        }
+    }
+    return used;
+}
 
 // Threads are called like the one that makes them. The names tell in `top`, and tell ours apart.
 class Namesake {
@@ -194,6 +213,26 @@ void ta_context_set_threads(ta_context * context, int32_t n_threads) noexcept {
     llama_set_n_threads(context->llama, n_threads, n_threads);
 }
 
+int ta_forget_mapped(const llama_model * model, ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        for (const auto & [buffer, used] : used_of_mappings(model)) {
+            const size_t size = ggml_backend_buffer_get_size(buffer);
+            if (used >= size / 2) {
+                continue;
+            }
+#ifdef __linux__
+            const auto page  = uintptr_t(sysconf(_SC_PAGESIZE));
+            const auto begin = (uintptr_t(ggml_backend_buffer_get_base(buffer)) + page - 1) / page * page;
+            const auto end   = (uintptr_t(ggml_backend_buffer_get_base(buffer)) + size) / page * page;
+            if (begin < end) {
+                (void) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_DONTNEED);
+            }
+#endif
+        }
+        return int(TA_OK);
+    });
+}
+
 int ta_context_memory(const ta_context * context, int32_t index, ta_memory * out, ta_error * error) noexcept {
     return ta_guard(error, [&] {
         const llama_memory_breakdown all = llama_get_memory_breakdown(context->llama);
@@ -208,6 +247,12 @@ int ta_context_memory(const ta_context * context, int32_t index, ta_memory * out
         out->in_ram       = of_cpu || ggml_backend_buft_is_host(type);
         out->is_mapped    = std::string_view(ggml_backend_buft_name(type)) == "CPU_Mapped";
         out->weights      = bytes.model;
+        if (out->is_mapped) {
+            out->weights = 0;
+            for (const auto & [buffer, used] : used_of_mappings(llama_get_model(context->llama))) {
+                out->weights += used;
+            }
+        }
         out->context      = bytes.context;
         out->compute      = bytes.compute;
         std::snprintf(out->device, sizeof out->device, "%s", device ? ggml_backend_dev_name(device) : "CPU");

@@ -202,6 +202,10 @@ enum {
 bool ta_answer_text(const ta_answer * answer, int what, size_t index, const char ** text,
                     size_t * length) TA_NOEXCEPT;
 
+// Takes what is mapped of a model's file out of this process where less than half of it is used, because
+// the rest was copied elsewhere. It stays in the system's cache, and what is used comes back from there.
+int ta_forget_mapped(const struct llama_model * model, ta_error * error) TA_NOEXCEPT;
+
 int ta_backend_load(const char * path, ta_error * error) TA_NOEXCEPT;
 
 // Multiplies a small matrix of each weight type on the CPU module that is loaded, in every kind of

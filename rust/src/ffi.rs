@@ -317,6 +317,7 @@ unsafe extern "C" {
     fn ta_cpu_has(feature: *const c_char, error: *mut ShimError) -> c_int;
     fn ta_cpu_seconds() -> f64;
     fn ta_backend_load(path: *const c_char, error: *mut ShimError) -> c_int;
+    fn ta_forget_mapped(model: *const llama_model, error: *mut ShimError) -> c_int;
     fn ta_attend(asked: *const Attended, off: *mut f64, error: *mut ShimError) -> c_int;
     fn ta_relaid(kind: i32, factor: *mut f64, error: *mut ShimError) -> c_int;
     fn ta_probe_cpu(error: *mut ShimError) -> c_int;
@@ -469,6 +470,13 @@ pub fn attend(asked: Attended) -> Result<f64> {
     // SAFETY: a struct and a number that outlive the call.
     call(|error| unsafe { ta_attend(&asked, &mut off, error) })?;
     Ok(off)
+}
+
+/// Take what is mapped of the file out of this process where most of it was copied elsewhere.
+pub(crate) fn forget_mapped(model: *const llama_model) {
+    // SAFETY: a model that is loaded, and whose file is mapped to be read only. If it fails, the
+    // memory is only counted twice.
+    let _ = call(|error| unsafe { ta_forget_mapped(model, error) });
 }
 
 /// Into how many bytes the CPU module that is loaded lays a byte of weights of a type out anew; None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tabagent_model import Model, PyModel
+from tabagent_model import Model, PyModel, memory
 
 ROUNDS = 50
 
@@ -83,3 +85,21 @@ def test_unload_says_what_came_back_and_a_second_one_does_nothing():
     assert report["was_loaded"] is True
     assert report["freed_mb"] == pytest.approx(report["rss_before_mb"] - report["rss_after_mb"])
     assert native.unload()["was_loaded"] is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there is a smaps")
+@pytest.mark.parametrize("repack", [True, False])
+def test_weights_are_not_in_memory_twice(repack: bool):
+    with Model.load(repack=repack) as model:
+        path, size = model.info()["path"], model.info()["size_bytes"]
+        (share,) = memory().models[-1].shares
+        assert share.mapped + share.weights < 1.5 * size
+        assert resident_of(path) <= share.mapped + 64 * 1024  # what tensors share pages with
+        assert model.generate("Once upon a time", max_tokens=4, temperature=0).tokens
+
+
+def resident_of(path: str) -> int:
+    """Bytes of this file that are mapped and in memory."""
+    mappings = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    ours = [mapping for mapping in mappings if mapping.partition("\n")[0].endswith(path)]
+    return sum(int(mapping.partition("\nRss:")[2].split()[0]) * 1024 for mapping in ours)

@@ -223,7 +223,7 @@ class _Estimating:
             is_anew = any(kind in layouts for kind in self.sizes["output"]["matrices"])
             moved -= self.sizes["shared_bytes"] if is_anew else 0
         if self.config.use_mmap:
-            return Share("cpu", weights=int(anew), mapped=mapped)
+            return Share("cpu", weights=int(anew), mapped=mapped - moved)
         return Share("cpu", weights=int(anew) + mapped - moved)
 
     def _is_repacked(self) -> bool:

@@ -53,6 +53,9 @@ pub(super) fn load(
             Error::ModelCorrupted { path, what: reason(&errors) }
         }
     })?;
+    if config.mmap && !config.mlock {
+        ffi::forget_mapped(pointer(&weights));
+    }
     let vocabulary = Vocabulary::of(&weights, &description)?;
     Ok(Arc::new(Model {
         vocabulary,
