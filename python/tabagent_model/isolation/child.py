@@ -102,13 +102,15 @@ class Child:
         return self._end is None and self._process.poll() is None
 
     def rss_mb(self) -> float | None:
+        if self._end is not None:
+            return None
         try:
             if self._statm is None:
                 self._statm = Path(f"/proc/{self.pid}/statm").open("rb", 0)  # noqa: SIM115
             told = os.pread(self._statm.fileno(), 100, 0)
             return int(told.split()[1]) * PAGESIZE / 2**20
-        except (OSError, LookupError, ValueError):  # not Linux, or it has ended
-            return None if self._end else self._last_rss_mb
+        except (OSError, LookupError, ValueError):  # not Linux, or it has just ended
+            return self._last_rss_mb
 
     def load(
         self, tell: Callable[[float], Any], is_wanted: Callable[[], bool]

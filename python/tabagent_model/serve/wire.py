@@ -83,8 +83,9 @@ def connection_of(limits: ServerConfig) -> type[HttpToolsProtocol]:
 
         def _write(self, cycle: RequestResponseCycle, data: bytes) -> bool:
             """What `send` does with a piece of a body in the end, if it needs no waiting."""
-            is_open = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
-            if not (is_open and cycle.chunked_encoding) or self.flow.write_paused:
+            has_begun = cycle.response_started and cycle.chunked_encoding
+            is_over = cycle.response_complete or cycle.disconnected or self.transport.is_closing()
+            if not has_begun or is_over or self.flow.write_paused:
                 return False
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
             return True
