@@ -213,7 +213,8 @@ async def _load(door: Door, manager: AsyncModelManager) -> None:
         stop()
     door.service = Service(manager)
     gc.collect()
-    gc.freeze()  # all of this stays, so the collector need not look at it again and again
+    gc.freeze()  # all of this stays, so the collector need not look at it again and again;
+    gc.set_threshold(5_000)  # and answers under way are many objects with hardly any garbage
 
 
 def manager_of(asked: argparse.Namespace) -> AsyncModelManager:
