@@ -61,10 +61,6 @@ class _Shape(Generic[D, R]):
         """`logprobs` are those of all that was read so far; what is new of them is told."""
         raise NotImplementedError
 
-    def text_of(self, item: D | R | PromptProgress) -> str | None:
-        """What is told, if it is a piece of text and nothing else."""
-        raise NotImplementedError
-
     def progress(self, index: int, progress: PromptProgress) -> dict[str, Any]:
         """How far the prompt is read, with a piece that says nothing."""
         return {**self._nothing(index), "prompt_progress": asdict(progress)}
@@ -124,6 +120,7 @@ class ChatShape(_Shape[ChatDelta, ChatCompletion]):
         return self._delta(index, told, chat_logprobs(self._untold(index, logprobs)))
 
     def text_of(self, item: ChatDelta | ChatCompletion | PromptProgress) -> str | None:
+        """What is told, if it is a piece of text and nothing else."""
         if isinstance(item, ChatDelta) and not item.reasoning and item.tool_call is None:
             return item.content
         return None
@@ -182,6 +179,7 @@ class CompletionShape(_Shape[str, Completion]):
         return self._chunk({"text": delta, "index": index, "logprobs": told, "finish_reason": None})
 
     def text_of(self, item: str | Completion | PromptProgress) -> str | None:
+        """As `ChatShape.text_of`."""
         return item if isinstance(item, str) else None
 
     def last(self, index: int, result: Completion) -> dict[str, Any]:
