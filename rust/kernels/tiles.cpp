@@ -82,6 +82,9 @@ template <int FROM, int TO> inline __m512i add_products(__m512i sum, const Regis
     return sum;
 }
 
+// So few rows wait for the weights; what comes so many bytes later is on its way meanwhile.
+constexpr int FEW = 4, AHEAD = 2048;
+
 // The products of a tile with `R` rows of input; of each row, sixteen numbers.
 template <class W, int R>
 void multiply_tile(const uint8_t * weights, int64_t n_units, const Piece * input, float * const * output) {
@@ -90,6 +93,11 @@ void multiply_tile(const uint8_t * weights, int64_t n_units, const Piece * input
         sums[r] = _mm512_setzero_ps();
     }
     for (int64_t unit = 0; unit < n_units; ++unit, weights += W::BYTES) {
+        if constexpr (R <= FEW) {
+            for (int line = 0; line < W::BYTES; line += 64) {
+                _mm_prefetch(reinterpret_cast<const char *>(weights) + AHEAD + line, _MM_HINT_T1);
+            }
+        }
         for (int piece = 0; piece < W::PIECES; ++piece, input += R) {
             Registers w;
             W::unpack(weights, piece, w);

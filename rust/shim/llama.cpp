@@ -209,7 +209,8 @@ void ta_context_free(ta_context * context) noexcept {
     });
 }
 
-void ta_context_set_threads(ta_context * context, int32_t n_threads) noexcept {
+void ta_context_set_threads(ta_context * context, const ta_pool * pool, int32_t n_threads) noexcept {
+    llama_attach_threadpool(context->llama, pool ? pool->threads : nullptr, nullptr);
     llama_set_n_threads(context->llama, n_threads, n_threads);
 }
 

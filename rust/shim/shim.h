@@ -68,8 +68,9 @@ int  ta_context_new(struct llama_model * model, const ta_context_params * params
                     ta_error * error) TA_NOEXCEPT;
 void ta_context_free(ta_context * context) TA_NOEXCEPT;
 
-// At most as many as the pool has.
-void ta_context_set_threads(ta_context * context, int32_t n_threads) TA_NOEXCEPT;
+// At most as many as the pool has; without one, one. Nobody computes on either pool meanwhile, since the one
+// that is left is told to pause.
+void ta_context_set_threads(ta_context * context, const ta_pool * pool, int32_t n_threads) TA_NOEXCEPT;
 
 // Sizes as llama.cpp rounded them.
 uint32_t ta_context_n_ctx_seq(const ta_context * context) TA_NOEXCEPT;

@@ -158,7 +158,11 @@ unsafe extern "C" {
         error: *mut ShimError,
     ) -> c_int;
     pub(crate) fn ta_context_free(context: *mut ShimContext);
-    pub(crate) fn ta_context_set_threads(context: *mut ShimContext, n_threads: i32);
+    pub(crate) fn ta_context_set_threads(
+        context: *mut ShimContext,
+        pool: *mut ShimPool,
+        n_threads: i32,
+    );
     pub(crate) fn ta_context_n_ctx_seq(context: *const ShimContext) -> u32;
     pub(crate) fn ta_context_n_batch(context: *const ShimContext) -> u32;
     pub(crate) fn ta_context_n_seq_max(context: *const ShimContext) -> u32;

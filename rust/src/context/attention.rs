@@ -269,7 +269,7 @@ impl Stopwatch {
             n_kv: depth.next_multiple_of(N_CTX_STEP) as i32,
         };
         let mut seconds = 0.0;
-        let _turn = Turn::take(); // contexts that compute meanwhile are no disturbance
+        let _turn = Turn::take(false); // contexts that compute meanwhile are no disturbance
         // SAFETY: the stopwatch is alive, and the cells that are looked at are among its own.
         ffi::call(|error| unsafe {
             ffi::ta_attention_time(self.attention, &case, &mut seconds, error)

@@ -56,6 +56,10 @@ impl Pace {
         }
     }
 
+    pub fn most(&self) -> u32 {
+        self.most
+    }
+
     /// For the step that is about to begin.
     pub fn threads(&mut self, now: Instant) -> u32 {
         self.is_trial = self.trial_at.is_some_and(|at| now >= at);

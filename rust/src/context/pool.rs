@@ -2,6 +2,8 @@
 //!
 //! Two contexts that computed at the same time on the same cores would spin against each other: the
 //! threads of each wait for one another in a loop that never sleeps. So they take turns, step by step.
+//! Where all of them only generate, two compute beside each other with half of the threads each: what one
+//! does between its products, the other uses to read weights (docs/performance.md).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -73,65 +75,99 @@ impl Drop for Pool {
     }
 }
 
-/// How long somebody who had to wait for a turn counts as still there.
+/// How long somebody who met another one counts as still there.
 const MEMORY: Duration = Duration::from_millis(200);
 
 static TURNS: Turns = Turns::new();
 
-/// The right to compute, until it is dropped.
-pub struct Turn(());
+/// The right to compute with all threads or with half of them, until it is dropped.
+pub struct Turn {
+    halves: u32,
+}
 
 /// First come, first served.
 struct Turns {
     state: Mutex<State>,
     next: Condvar,
-    /// Milliseconds since `epoch` when somebody had to wait last.
+    /// Milliseconds since `epoch` when somebody met another one last.
     contended_ms: AtomicU64,
+    /// And when somebody came who needed all threads.
+    unshared_ms: AtomicU64,
 }
 
 struct State {
-    /// The next number to be drawn, and the one whose turn it is.
+    /// The next number to be drawn, and the next one to be let in.
     drawn: u64,
-    served: u64,
+    next: u64,
+    free_halves: u32,
 }
 
 impl Turn {
-    pub fn take() -> Turn {
+    /// With half of the threads, if that is enough for everybody who was here lately.
+    pub fn take(can_share: bool) -> Turn {
+        if !can_share {
+            TURNS.unshared_ms.store(now_ms(), Ordering::Relaxed);
+        }
+        let is_shared = can_share && Turn::is_contended() && !is_recent(&TURNS.unshared_ms);
+        let halves = if is_shared { 1 } else { 2 };
+
         let mut state = lock(&TURNS.state);
         let mine = state.drawn;
         state.drawn += 1;
-        while state.served != mine {
+        if state.next != mine || state.free_halves < 2 {
             TURNS.contended_ms.store(now_ms(), Ordering::Relaxed);
-            state = TURNS.next.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        Turn(())
+        while state.next != mine || state.free_halves < halves {
+            state = TURNS.next.wait(state).unwrap_or_else(PoisonError::into_inner);
+            TURNS.contended_ms.store(now_ms(), Ordering::Relaxed);
+        }
+        state.next += 1;
+        state.free_halves -= halves;
+        TURNS.let_in(state);
+        Turn { halves }
     }
 
-    /// Whether another context waited for its turn a moment ago.
+    pub fn is_half(&self) -> bool {
+        self.halves == 1
+    }
+
+    /// Whether another context computed or waited for its turn a moment ago.
     pub fn is_contended() -> bool {
-        let last = TURNS.contended_ms.load(Ordering::Relaxed);
-        last > 0 && now_ms() - last < MEMORY.as_millis() as u64
+        is_recent(&TURNS.contended_ms)
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
         let mut state = lock(&TURNS.state);
-        state.served += 1;
-        if state.served != state.drawn {
-            TURNS.next.notify_all();
-        }
+        state.free_halves += self.halves;
+        TURNS.let_in(state);
     }
 }
 
 impl Turns {
     const fn new() -> Turns {
         Turns {
-            state: Mutex::new(State { drawn: 0, served: 0 }),
+            state: Mutex::new(State { drawn: 0, next: 0, free_halves: 2 }),
             next: Condvar::new(),
             contended_ms: AtomicU64::new(0),
+            unshared_ms: AtomicU64::new(0),
         }
     }
+
+    /// Whoever wakes takes the lock, so it is let go before.
+    fn let_in(&self, state: MutexGuard<State>) {
+        let can_go = state.next != state.drawn && state.free_halves > 0;
+        drop(state);
+        if can_go {
+            self.next.notify_all();
+        }
+    }
+}
+
+fn is_recent(then_ms: &AtomicU64) -> bool {
+    let then = then_ms.load(Ordering::Relaxed);
+    then > 0 && now_ms().saturating_sub(then) < MEMORY.as_millis() as u64
 }
 
 /// Never 0, which means never.

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::budget::Budget;
 use super::core_waits::CoreWaits;
@@ -11,7 +11,7 @@ use super::pace::Pace;
 use super::pool::{Pool, Turn};
 use crate::config::{ContextConfig, FlashAttention, KvType};
 use crate::error::{Error, Result};
-use crate::ffi::{self, ContextParams, MemoryUse, ShimContext};
+use crate::ffi::{self, ContextParams, MemoryUse, ShimContext, ShimPool};
 use crate::log;
 use crate::model::Model;
 
@@ -140,16 +140,41 @@ impl InterruptState {
 /// llama.cpp rounds the length of a sequence up to a multiple of this.
 pub const N_CTX_STEP: u32 = 256;
 
+/// The threads that a step can be computed on.
+struct Crew {
+    /// A single thread has none: it is the one that asks.
+    pool: Option<Arc<Pool>>,
+    pace: Pace,
+    /// Of its threads, where it is known.
+    waits: Option<CoreWaits>,
+}
+
+impl Crew {
+    fn new(pool: Option<Arc<Pool>>, n_threads: u32) -> Crew {
+        Crew { pool, pace: Pace::new(n_threads), waits: None }
+    }
+
+    fn pool(&self) -> *mut ShimPool {
+        self.pool.as_ref().map_or(std::ptr::null_mut(), |pool| pool.as_ptr())
+    }
+
+    /// To be called on the thread that will ask.
+    fn watch_waits(&mut self) {
+        self.waits = self.pool.as_ref().and_then(|pool| CoreWaits::of(pool.workers()));
+    }
+
+    fn waited(&self) -> Option<Duration> {
+        self.waits.as_ref().and_then(CoreWaits::total)
+    }
+}
+
 pub struct LlamaRunner {
     context: *mut ShimContext,
     limits: Limits,
     end_tokens: Vec<i32>,
-    pace: Pace,
-    /// Of the threads that compute, where it is known.
-    waits: Option<CoreWaits>,
     budget: Budget,
-    /// As llama.cpp was told last.
-    n_threads: u32,
+    /// The pool and the number of threads that llama.cpp was told last.
+    told: (*mut ShimPool, u32),
     has_bf16_keys: bool,
     /// Whether it computes on the threads that it shares with other contexts.
     takes_turns: bool,
@@ -158,7 +183,9 @@ pub struct LlamaRunner {
     /// A copy between streams waits for the next decode.
     is_copying: bool,
     // The context points to these; they go after it.
-    pool: Option<Arc<Pool>>,
+    all: Crew,
+    /// Half as many threads, for turns that are shared; made when the first of them may come.
+    half: Option<Crew>,
     interrupt: Interrupt,
     model: Arc<Model>,
 }
@@ -186,6 +213,7 @@ impl LlamaRunner {
             n if takes_turns => Some(Pool::shared(n)?),
             n => Some(Pool::new(n)?),
         };
+        let all = Crew::new(pool, n_threads);
         let rows_at_once = match model.gpu_layers() {
             0 => config.flash_attn.rows_at_once(n_seq_max),
             _ => FlashAttention::On.rows_at_once(n_seq_max),
@@ -203,7 +231,7 @@ impl LlamaRunner {
                 FlashAttention::On => 1,
             },
             kv_type: config.kv_type.ggml_type(),
-            pool: pool.as_ref().map_or(std::ptr::null_mut(), |pool| pool.as_ptr()),
+            pool: all.pool(),
             kv_unified: false,
             offload_kqv: config.offload_kqv,
             abort: Some(wants_an_end),
@@ -236,16 +264,15 @@ impl LlamaRunner {
             context,
             limits,
             end_tokens,
-            pace: Pace::new(n_threads),
-            waits: None,
             budget: Budget::new(limits.n_batch),
-            n_threads,
+            told: (all.pool(), n_threads),
             has_bf16_keys: config.kv_type == KvType::Bf16,
             takes_turns,
             // SAFETY: the model is alive.
             window: unsafe { llama_cpp_sys_2::llama_model_n_swa(model.as_ptr()) },
             is_copying: false,
-            pool,
+            all,
+            half: None,
             interrupt,
             model,
         })
@@ -260,11 +287,11 @@ impl LlamaRunner {
     /// The first decode allocates and touches what later ones reuse. One thread goes first: how long
     /// it takes alone says when several are being disturbed.
     pub fn warm_up(&mut self) -> Result<()> {
-        let most = self.n_threads;
+        let most = self.all.pace.most();
         let row = [Row { token: 0, position: 0, slot: 0, wants_logits: true }];
         for threads in [1, 1, most] {
-            let turn = self.takes_turns.then(Turn::take);
-            let outcome = self.run_on(threads, &row);
+            let turn = self.takes_turns.then(|| Turn::take(false));
+            let outcome = self.run_on(false, threads, &row);
             drop(turn);
             self.forget_all();
             match outcome {
@@ -277,33 +304,53 @@ impl LlamaRunner {
         Ok(())
     }
 
-    fn run_on(&mut self, threads: u32, batch: &[Row]) -> Outcome {
-        if threads != self.n_threads {
-            // SAFETY: the context is alive, and its pool has at least so many threads.
-            unsafe { ffi::ta_context_set_threads(self.context, threads as i32) };
-            self.n_threads = threads;
+    fn run_on(&mut self, half: bool, threads: u32, batch: &[Row]) -> Outcome {
+        let can_be_interrupted = self.can_be_interrupted();
+        let crew = self.half.as_ref().filter(|_| half).unwrap_or(&self.all);
+        let computes = (crew.pool(), threads);
+        if computes != self.told {
+            // SAFETY: context and pool are alive, the pool has at least so many threads, and this turn is ours.
+            unsafe { ffi::ta_context_set_threads(self.context, computes.0, threads as i32) };
+            self.told = computes;
         }
-        let waited_before = self.waits.as_ref().and_then(CoreWaits::total);
+        let waited_before = crew.waited();
         let begun = Instant::now();
-        let limit = self.pace.limit(batch.len(), threads).filter(|_| self.can_be_interrupted());
+        let limit = crew.pace.limit(batch.len(), threads).filter(|_| can_be_interrupted);
         self.interrupt.set_deadline(limit.map(|limit| begun + limit));
         // An interrupted decode is nothing to complain about.
         let is_news = |outcome: &Outcome| *outcome != Outcome::Aborted;
         let outcome = log::unless_expected(|| self.decode(batch), is_news);
         self.is_copying = false;
         let now = Instant::now();
+        let crew = self.half.as_mut().filter(|_| half).unwrap_or(&mut self.all);
         match outcome {
             Outcome::Done => {
-                let waited = self.waits.as_ref().and_then(CoreWaits::total);
+                let waited = crew.waited();
                 let waited = waited.zip(waited_before).map(|(now, then)| now.saturating_sub(then));
-                self.pace.took(batch.len(), threads, now - begun, waited, now);
-                let num_generating = count_generating(batch);
-                self.budget.took(num_generating, batch.len() - num_generating, now - begun);
+                crew.pace.took(batch.len(), threads, now - begun, waited, now);
+                if !half {
+                    let generating = count_generating(batch);
+                    self.budget.took(generating, batch.len() - generating, now - begun);
+                }
             }
-            Outcome::Aborted if !self.interrupt.is_set() => self.pace.gave_up(now),
+            Outcome::Aborted if !self.interrupt.is_set() => crew.pace.gave_up(now),
             _ => {}
         }
         outcome
+    }
+
+    /// Whether half of the threads are as good for this step as a share of the time of all.
+    fn can_share(&mut self, batch: &[Row]) -> bool {
+        let n_half = self.all.pace.most() / 2;
+        if !self.takes_turns || n_half == 0 || count_generating(batch) < batch.len() {
+            return false;
+        }
+        if self.half.is_none() && Turn::is_contended() {
+            let pool = (n_half > 1).then(|| Pool::new(n_half)).transpose();
+            self.half = pool.ok().map(|pool| Crew::new(pool, n_half));
+            self.half.iter_mut().for_each(Crew::watch_waits);
+        }
+        self.half.is_some()
     }
 
     fn decode(&mut self, batch: &[Row]) -> Outcome {
@@ -351,15 +398,18 @@ impl Runner for LlamaRunner {
     }
 
     fn begin(&mut self) {
-        self.waits = self.pool.as_ref().and_then(|pool| CoreWaits::of(pool.workers()));
+        self.all.watch_waits();
         // SAFETY: it changes nothing but the kernel's idea of this thread.
         unsafe { ffi::ta_thread_computes(true) }
     }
 
     fn run(&mut self, batch: &[Row]) -> Outcome {
-        let _turn = self.takes_turns.then(Turn::take);
-        let threads = self.pace.threads(Instant::now());
-        self.run_on(threads, batch)
+        let can_share = self.can_share(batch);
+        let turn = self.takes_turns.then(|| Turn::take(can_share));
+        let half = turn.as_ref().is_some_and(Turn::is_half);
+        let crew = self.half.as_mut().filter(|_| half).unwrap_or(&mut self.all);
+        let threads = crew.pace.threads(Instant::now());
+        self.run_on(half, threads, batch)
     }
 
     /// llama.cpp writes down which states a step moves and clears before it does so. After a step that
