@@ -158,6 +158,25 @@ def test_k05_models_are_loaded_at_the_same_time(reference: Completion, tmp_path:
     assert in_threads(load, 6) == [reference, None] * 3
 
 
+@pytest.mark.parametrize("n_threads", [2, 4], ids=["halves of one thread", "halves of two"])
+def test_k05_models_beside_each_other_answer_as_alone(n_threads: int):
+    def answers(model: Model, prompts: list[str]) -> list[Completion]:
+        return [model.generate(prompt, **GREEDY) for prompt in prompts]
+
+    long = [f"{prompt} {'and so on ' * 12}" for prompt in PROMPTS]  # whose turn has all threads
+    orders = [PROMPTS + long + PROMPTS, long + PROMPTS + PROMPTS]
+    config = CONFIG | {"n_threads": n_threads}
+    with (
+        Model.load(**config) as one,
+        Model.load(**config) as other,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        alone = {prompt: one.generate(prompt, **GREEDY).text for prompt in PROMPTS + long}
+        beside = list(pool.map(answers, [one, other], orders))
+    for order, found in zip(orders, beside, strict=True):
+        assert [answer.text for answer in found] == [alone[prompt] for prompt in order]
+
+
 def test_k06_an_unload_ends_whatever_runs_and_waits():
     model = Model.load(**CONFIG)
     streams = [model.stream(prompt, **LONG) for prompt in PROMPTS[:12]]
