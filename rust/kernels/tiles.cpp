@@ -82,18 +82,21 @@ template <int FROM, int TO> inline __m512i add_products(__m512i sum, const Regis
     return sum;
 }
 
-// So few rows wait for the weights; what comes so many bytes later is on its way meanwhile.
-constexpr int FEW = 4, AHEAD = 2048;
+// Where weights come from memory, few rows of input wait for it; what lies so many bytes further on is called for
+// meanwhile. Many rows compute for longer than that takes, and all but the first sixteen find them in the cache.
+constexpr int     AHEAD = 2048;
+constexpr int64_t MANY  = 64;
 
 // The products of a tile with `R` rows of input; of each row, sixteen numbers.
 template <class W, int R>
-void multiply_tile(const uint8_t * weights, int64_t n_units, const Piece * input, float * const * output) {
+void multiply_tile(const uint8_t * weights, bool call_ahead, int64_t n_units, const Piece * input,
+                   float * const * output) {
     __m512 sums[R];
     for (int r = 0; r < R; ++r) {
         sums[r] = _mm512_setzero_ps();
     }
     for (int64_t unit = 0; unit < n_units; ++unit, weights += W::BYTES) {
-        if constexpr (R <= FEW) {
+        if (call_ahead) {
             for (int line = 0; line < W::BYTES; line += 64) {
                 _mm_prefetch(reinterpret_cast<const char *>(weights) + AHEAD + line, _MM_HINT_T1);
             }
@@ -129,7 +132,7 @@ void multiply_tile(const uint8_t * weights, int64_t n_units, const Piece * input
     }
 }
 
-using MultiplyTile = void (*)(const uint8_t *, int64_t, const Piece *, float * const *);
+using MultiplyTile = void (*)(const uint8_t *, bool, int64_t, const Piece *, float * const *);
 
 template <class W, int... R> MultiplyTile for_rows(int n, std::integer_sequence<int, R...>) {
     static constexpr MultiplyTile all[] = {multiply_tile<W, R + 1>...};
@@ -180,17 +183,18 @@ struct Plan {
         begins[0] = 0;
     }
 
+    int64_t count(int64_t matrix) const { return has_experts() ? begins[matrix + 1] - begins[matrix] : n_rows; }
     int64_t n_used() const { return has_experts() ? experts[0] : 1; }
     int64_t used(int64_t i) const { return has_experts() ? experts[1 + i] : 0; }
 
     // Panels of about the same height: seventeen rows are nine and eight, not sixteen and one.
     template <class F> void for_each_panel(int64_t matrix, F && f) const {
         const int64_t first    = has_experts() ? begins[matrix] : 0;
-        const int64_t count    = has_experts() ? begins[matrix + 1] - first : n_rows;
-        const int64_t n_panels = (count + ROWS - 1) / ROWS;
+        const int64_t n_rows   = count(matrix);
+        const int64_t n_panels = (n_rows + ROWS - 1) / ROWS;
         for (int64_t panel = 0; panel < n_panels; ++panel) {
-            const int64_t begin = count * panel / n_panels;
-            f(first + begin, int(count * (panel + 1) / n_panels - begin));
+            const int64_t begin = n_rows * panel / n_panels;
+            f(first + begin, int(n_rows * (panel + 1) / n_panels - begin));
         }
     }
 
@@ -307,8 +311,10 @@ template <class W> class LayoutOf final : public Layout {
              chunk         = ggml_threadpool_chunk_add(params->threadpool, 1)) {
             const int64_t tile   = chunk % n_chunks * step;
             const int64_t matrix = plan.used(chunk / n_chunks);
+            bool call_ahead = plan.count(matrix) < MANY;
             plan.for_each_panel(matrix, [&](int64_t begin, int height) {
-                multiply(plan, matrix, begin, height, tile, std::min(n_tiles, tile + step));
+                multiply(plan, matrix, call_ahead, begin, height, tile, std::min(n_tiles, tile + step));
+                call_ahead = false;
             });
         }
         return true;
@@ -336,7 +342,8 @@ template <class W> class LayoutOf final : public Layout {
         }
     }
 
-    static void multiply(const Plan & plan, int64_t matrix, int64_t begin, int height, int64_t tile, int64_t end) {
+    static void multiply(const Plan & plan, int64_t matrix, bool call_ahead, int64_t begin, int height, int64_t tile,
+                         int64_t end) {
         float * output[ROWS];
         for (int row = 0; row < height; ++row) {
             output[row] = plan.output_row(begin + row) + tile * ROWS;
@@ -346,7 +353,7 @@ template <class W> class LayoutOf final : public Layout {
         const MultiplyTile  multiply = for_rows<W>(height, std::make_integer_sequence<int, ROWS>());
         const auto * at = static_cast<const uint8_t *>(weights->data) + matrix_bytes(weights) * size_t(matrix);
         for (at += bytes * size_t(tile); tile < end; ++tile, at += bytes) {
-            multiply(at, weights->ne[0] / UNIT, plan.input + begin * plan.n_pieces, output);
+            multiply(at, call_ahead, weights->ne[0] / UNIT, plan.input + begin * plan.n_pieces, output);
             for (int row = 0; row < height; ++row) {
                 output[row] += ROWS;
             }
