@@ -5,6 +5,7 @@ mod admission;
 mod attention;
 mod budget;
 mod core_waits;
+mod line;
 pub mod message;
 mod metrics;
 mod pace;
@@ -19,6 +20,11 @@ mod sequence;
 mod slots;
 mod state;
 mod text;
+
+/// The locks of `line.rs`, which its test replaces.
+mod sync {
+    pub use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+}
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

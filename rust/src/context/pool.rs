@@ -6,10 +6,11 @@
 //! does between its products, the other uses to read weights (docs/performance.md).
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::core_waits::threads_called;
+use super::line::Line;
 use crate::error::Result;
 use crate::ffi::{self, ShimPool};
 
@@ -78,28 +79,23 @@ impl Drop for Pool {
 /// How long somebody who met another one counts as still there.
 const MEMORY: Duration = Duration::from_millis(200);
 
-static TURNS: Turns = Turns::new();
+static TURNS: LazyLock<Turns> = LazyLock::new(|| Turns {
+    line: Line::new(),
+    contended_ms: AtomicU64::new(0),
+    unshared_ms: AtomicU64::new(0),
+});
 
 /// The right to compute with all threads or with half of them, until it is dropped.
 pub struct Turn {
     halves: u32,
 }
 
-/// First come, first served.
 struct Turns {
-    state: Mutex<State>,
-    next: Condvar,
+    line: Line,
     /// Milliseconds since `epoch` when somebody met another one last.
     contended_ms: AtomicU64,
     /// And when somebody came who needed all threads.
     unshared_ms: AtomicU64,
-}
-
-struct State {
-    /// The next number to be drawn, and the next one to be let in.
-    drawn: u64,
-    next: u64,
-    free_halves: u32,
 }
 
 impl Turn {
@@ -110,20 +106,7 @@ impl Turn {
         }
         let is_shared = can_share && Turn::is_contended() && !is_recent(&TURNS.unshared_ms);
         let halves = if is_shared { 1 } else { 2 };
-
-        let mut state = lock(&TURNS.state);
-        let mine = state.drawn;
-        state.drawn += 1;
-        if state.next != mine || state.free_halves < 2 {
-            TURNS.contended_ms.store(now_ms(), Ordering::Relaxed);
-        }
-        while state.next != mine || state.free_halves < halves {
-            state = TURNS.next.wait(state).unwrap_or_else(PoisonError::into_inner);
-            TURNS.contended_ms.store(now_ms(), Ordering::Relaxed);
-        }
-        state.next += 1;
-        state.free_halves -= halves;
-        TURNS.let_in(state);
+        TURNS.line.enter(halves, || TURNS.contended_ms.store(now_ms(), Ordering::Relaxed));
         Turn { halves }
     }
 
@@ -139,29 +122,7 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let mut state = lock(&TURNS.state);
-        state.free_halves += self.halves;
-        TURNS.let_in(state);
-    }
-}
-
-impl Turns {
-    const fn new() -> Turns {
-        Turns {
-            state: Mutex::new(State { drawn: 0, next: 0, free_halves: 2 }),
-            next: Condvar::new(),
-            contended_ms: AtomicU64::new(0),
-            unshared_ms: AtomicU64::new(0),
-        }
-    }
-
-    /// Whoever wakes takes the lock, so it is let go before.
-    fn let_in(&self, state: MutexGuard<State>) {
-        let can_go = state.next != state.drawn && state.free_halves > 0;
-        drop(state);
-        if can_go {
-            self.next.notify_all();
-        }
+        TURNS.line.leave(self.halves);
     }
 }
 
@@ -172,7 +133,7 @@ fn is_recent(then_ms: &AtomicU64) -> bool {
 
 /// Never 0, which means never.
 fn now_ms() -> u64 {
-    static EPOCH: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
+    static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
     EPOCH.elapsed().as_millis() as u64 + 1
 }
 
