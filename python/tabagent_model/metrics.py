@@ -34,6 +34,7 @@ _SIMPLE: tuple[tuple[str, Kind, str, str], ...] = (
     ("vllm:generation_tokens_total", "counter", "generated_tokens", "Generated tokens."),
     ("vllm:num_preemptions_total", "counter", "preemptions", "Requests that had to wait again."),
     ("tabagent:requests_total", "counter", "requests", "Requests that came in."),
+    ("tabagent:shared_steps_total", "counter", "shared_steps", "Steps beside another model's."),
     ("tabagent:dropped_tokens_total", "counter", "dropped_tokens", "Tokens lost to overflow."),
     ("tabagent:prompt_cache_bytes", "gauge", "prompt_cache_bytes", "Main memory for beginnings."),
 )

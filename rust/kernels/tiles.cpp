@@ -309,9 +309,9 @@ template <class W> class LayoutOf final : public Layout {
         const int64_t    n_chunks = (n_tiles + step - 1) / step;
         for (int64_t chunk = params->ith; chunk < n_chunks * plan.n_used();
              chunk         = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-            const int64_t tile   = chunk % n_chunks * step;
-            const int64_t matrix = plan.used(chunk / n_chunks);
-            bool call_ahead = plan.count(matrix) < MANY;
+            const int64_t tile       = chunk % n_chunks * step;
+            const int64_t matrix     = plan.used(chunk / n_chunks);
+            bool          call_ahead = plan.count(matrix) < MANY;
             plan.for_each_panel(matrix, [&](int64_t begin, int height) {
                 multiply(plan, matrix, call_ahead, begin, height, tile, std::min(n_tiles, tile + step));
                 call_ahead = false;

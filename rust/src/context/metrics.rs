@@ -29,6 +29,8 @@ pub struct Meter {
     pub dropped_tokens: AtomicU64,
     pub generated_tokens: AtomicU64,
     pub steps: AtomicU64,
+    /// Those on half of the threads, beside another context.
+    pub shared_steps: AtomicU64,
     /// Slots in use, summed over the steps.
     pub busy_slots: AtomicU64,
     pub preemptions: AtomicU64,
@@ -58,6 +60,7 @@ pub struct Metrics {
     pub dropped_tokens: u64,
     pub generated_tokens: u64,
     pub steps: u64,
+    pub shared_steps: u64,
     pub busy_slots: u64,
     pub preemptions: u64,
     /// Tokens in the slots of those who run.
@@ -109,6 +112,7 @@ impl Default for Meter {
             dropped_tokens: AtomicU64::new(0),
             generated_tokens: AtomicU64::new(0),
             steps: AtomicU64::new(0),
+            shared_steps: AtomicU64::new(0),
             busy_slots: AtomicU64::new(0),
             preemptions: AtomicU64::new(0),
             held_tokens: AtomicU64::new(0),
@@ -158,6 +162,7 @@ impl Meter {
             dropped_tokens: get(&self.dropped_tokens),
             generated_tokens: get(&self.generated_tokens),
             steps: get(&self.steps),
+            shared_steps: get(&self.shared_steps),
             busy_slots: get(&self.busy_slots),
             preemptions: get(&self.preemptions),
             held_tokens: get(&self.held_tokens),

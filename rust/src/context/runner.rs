@@ -21,6 +21,10 @@ pub trait Runner {
     /// Called once, on the thread that everything else is called on.
     fn begin(&mut self) {}
     fn run(&mut self, batch: &[Row]) -> Outcome;
+    /// Whether the last run left half of the threads to another context.
+    fn was_shared(&self) -> bool {
+        false
+    }
     /// Whether a run that was interrupted harms nobody but those of its batch.
     fn can_be_interrupted(&self) -> bool;
     /// The logits of one row of the last batch that wanted them.
@@ -154,6 +158,17 @@ impl Crew {
         Crew { pool, pace: Pace::new(n_threads), waits: None }
     }
 
+    /// For the half of so many threads, and on the thread that will ask. Without the threads that it
+    /// would have, one is enough.
+    fn half_of(n_threads: u32) -> Crew {
+        let n_half = n_threads / 2;
+        let pool = (n_half > 1).then(|| Pool::new(n_half)).and_then(Result::ok);
+        let n_threads = if pool.is_some() { n_half } else { 1 };
+        let mut crew = Crew::new(pool, n_threads);
+        crew.watch_waits();
+        crew
+    }
+
     fn pool(&self) -> *mut ShimPool {
         self.pool.as_ref().map_or(std::ptr::null_mut(), |pool| pool.as_ptr())
     }
@@ -182,9 +197,10 @@ pub struct LlamaRunner {
     window: i32,
     /// A copy between streams waits for the next decode.
     is_copying: bool,
+    was_shared: bool,
     // The context points to these; they go after it.
     all: Crew,
-    /// Half as many threads, for turns that are shared; made when the first of them may come.
+    /// Made when the first turn with half of the threads comes.
     half: Option<Crew>,
     interrupt: Interrupt,
     model: Arc<Model>,
@@ -271,6 +287,7 @@ impl LlamaRunner {
             // SAFETY: the model is alive.
             window: unsafe { llama_cpp_sys_2::llama_model_n_swa(model.as_ptr()) },
             is_copying: false,
+            was_shared: false,
             all,
             half: None,
             interrupt,
@@ -304,53 +321,47 @@ impl LlamaRunner {
         Ok(())
     }
 
-    fn run_on(&mut self, half: bool, threads: u32, batch: &[Row]) -> Outcome {
+    fn crew(&mut self, is_half: bool) -> &mut Crew {
+        if is_half {
+            let all = self.all.pace.most();
+            self.half.get_or_insert_with(|| Crew::half_of(all))
+        } else {
+            &mut self.all
+        }
+    }
+
+    fn run_on(&mut self, is_half: bool, threads: u32, batch: &[Row]) -> Outcome {
         let can_be_interrupted = self.can_be_interrupted();
-        let crew = self.half.as_ref().filter(|_| half).unwrap_or(&self.all);
+        let crew = self.crew(is_half);
+        let limit = crew.pace.limit(batch.len(), threads).filter(|_| can_be_interrupted);
+        let waited_before = crew.waited();
         let computes = (crew.pool(), threads);
         if computes != self.told {
             // SAFETY: context and pool are alive, the pool has at least so many threads, and this turn is ours.
             unsafe { ffi::ta_context_set_threads(self.context, computes.0, threads as i32) };
             self.told = computes;
         }
-        let waited_before = crew.waited();
         let begun = Instant::now();
-        let limit = crew.pace.limit(batch.len(), threads).filter(|_| can_be_interrupted);
         self.interrupt.set_deadline(limit.map(|limit| begun + limit));
         // An interrupted decode is nothing to complain about.
         let is_news = |outcome: &Outcome| *outcome != Outcome::Aborted;
         let outcome = log::unless_expected(|| self.decode(batch), is_news);
         self.is_copying = false;
         let now = Instant::now();
-        let crew = self.half.as_mut().filter(|_| half).unwrap_or(&mut self.all);
-        match outcome {
-            Outcome::Done => {
-                let waited = crew.waited();
-                let waited = waited.zip(waited_before).map(|(now, then)| now.saturating_sub(then));
-                crew.pace.took(batch.len(), threads, now - begun, waited, now);
-                if !half {
-                    let generating = count_generating(batch);
-                    self.budget.took(generating, batch.len() - generating, now - begun);
-                }
+        let was_too_slow = outcome == Outcome::Aborted && !self.interrupt.is_set();
+        let crew = self.crew(is_half);
+        if was_too_slow {
+            crew.pace.gave_up(now);
+        } else if outcome == Outcome::Done {
+            let waited = crew.waited();
+            let waited = waited.zip(waited_before).map(|(now, then)| now.saturating_sub(then));
+            crew.pace.took(batch.len(), threads, now - begun, waited, now);
+            if !is_half {
+                let generating = count_generating(batch);
+                self.budget.took(generating, batch.len() - generating, now - begun);
             }
-            Outcome::Aborted if !self.interrupt.is_set() => crew.pace.gave_up(now),
-            _ => {}
         }
         outcome
-    }
-
-    /// Whether half of the threads are as good for this step as a share of the time of all.
-    fn can_share(&mut self, batch: &[Row]) -> bool {
-        let n_half = self.all.pace.most() / 2;
-        if !self.takes_turns || n_half == 0 || count_generating(batch) < batch.len() {
-            return false;
-        }
-        if self.half.is_none() && Turn::is_contended() {
-            let pool = (n_half > 1).then(|| Pool::new(n_half)).transpose();
-            self.half = pool.ok().map(|pool| Crew::new(pool, n_half));
-            self.half.iter_mut().for_each(Crew::watch_waits);
-        }
-        self.half.is_some()
     }
 
     fn decode(&mut self, batch: &[Row]) -> Outcome {
@@ -404,12 +415,16 @@ impl Runner for LlamaRunner {
     }
 
     fn run(&mut self, batch: &[Row]) -> Outcome {
-        let can_share = self.can_share(batch);
+        // Who only generates is as well off with half of the threads as with all in turns.
+        let can_share = count_generating(batch) == batch.len();
         let turn = self.takes_turns.then(|| Turn::take(can_share));
-        let half = turn.as_ref().is_some_and(Turn::is_half);
-        let crew = self.half.as_mut().filter(|_| half).unwrap_or(&mut self.all);
-        let threads = crew.pace.threads(Instant::now());
-        self.run_on(half, threads, batch)
+        self.was_shared = turn.as_ref().is_some_and(Turn::is_half);
+        let threads = self.crew(self.was_shared).pace.threads(Instant::now());
+        self.run_on(self.was_shared, threads, batch)
+    }
+
+    fn was_shared(&self) -> bool {
+        self.was_shared
     }
 
     /// llama.cpp writes down which states a step moves and clears before it does so. After a step that

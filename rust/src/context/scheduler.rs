@@ -270,6 +270,7 @@ impl<R: Runner> Scheduler<R> {
     fn note_step(&mut self) {
         self.num_steps += 1;
         add(&self.shared.meter.steps, 1);
+        add(&self.shared.meter.shared_steps, u64::from(self.runner.was_shared()));
         add(&self.shared.meter.busy_slots, self.running.len() as u64);
     }
 

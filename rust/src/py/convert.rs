@@ -354,6 +354,7 @@ pub(super) fn metrics<'py>(py: Python<'py>, metrics: &Metrics) -> PyResult<Bound
     values.set_item("dropped_tokens", metrics.dropped_tokens)?;
     values.set_item("generated_tokens", metrics.generated_tokens)?;
     values.set_item("steps", metrics.steps)?;
+    values.set_item("shared_steps", metrics.shared_steps)?;
     values.set_item("busy_slots", metrics.busy_slots)?;
     values.set_item("preemptions", metrics.preemptions)?;
     values.set_item("held_tokens", metrics.held_tokens)?;
