@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakSet
 
 from .errors import (
@@ -108,6 +108,18 @@ class Context(Protocol):
     def import_state(self, data: bytes, tokens: Sequence[int]) -> int: ...
 
 
+class FarContext(Context, Protocol):
+    """One in another process."""
+
+    def post(
+        self,
+        request_id: int,
+        prompt: Any,
+        params: Mapping[str, Any],
+        reply: Callable[[Exception | None], object],
+    ) -> bool: ...
+
+
 class ChatParser(Protocol):
     """What `_core.ChatParser` and `testing.ScriptedParser` have in common."""
 
@@ -140,6 +152,9 @@ Reading = tuple[Sequence[Any], Mapping[str, Any] | None]
 """What is new of a chat's answer, and with the last event all of it."""
 
 request_ids = count(1)
+
+# Tokenizing a longer text, or writing it to another process, would hold up an event loop.
+LONG_TEXT = 8192
 
 # An answer is read for a fiftieth of the time at most; one that nobody watches, at its end.
 _PATIENCE, _NOT_BEFORE_THE_END = 50, 2**32 - 1
@@ -192,12 +207,7 @@ class Courier(threading.Thread):
         """Submit a request. What is wrong with it is raised here, and then no event will come."""
         try:
             prompt = request.prompt() if callable(request.prompt) else request.prompt
-            with self._lock:  # against a goodbye that would miss this inbox
-                self.check()
-                was_idle, self.was_used = self.is_idle, True
-                self._inboxes[request.id] = inbox
-            if was_idle:
-                self.on_turn()
+            self._expect(request.id, inbox)
             chat = None if request.chat is None else request.chat()
             if chat is None or chat.is_plain:
                 self._context.submit(request.id, prompt, request.params)
@@ -210,6 +220,35 @@ class Courier(threading.Thread):
         except BaseException:  # Ctrl-C: nobody knows whether it had been submitted by then
             self.abandon(request.id)
             raise
+
+    def post(self, request: Request, inbox: LoopInbox) -> asyncio.Future[None] | None:
+        """Submit a request to another process from an event loop, which waits for nothing: the
+        future hears what `send` would say. None: it takes a thread."""
+        if not request.is_far or callable(request.prompt) or len(request.prompt) > LONG_TEXT:
+            return None
+        reply = inbox.loop.create_future()
+
+        def settle(error: Exception | None) -> None:
+            if error is None:
+                reply.set_result(None)
+            else:
+                reply.set_exception(error)
+
+        def hear(error: Exception | None) -> None:
+            if error is not None:
+                self._forget(request.id)
+            with suppress(RuntimeError):  # the loop was closed, and nobody waits
+                inbox.loop.call_soon_threadsafe(settle, error)
+
+        is_sent = False
+        try:
+            self._expect(request.id, inbox)
+            far = cast("FarContext", self._context)
+            is_sent = far.post(request.id, request.prompt, request.params, hear)
+        finally:
+            if not is_sent:
+                self._forget(request.id)
+        return reply if is_sent else None
 
     def in_thread(self, function: Callable[[], None]) -> Future[None]:
         """For what an event loop must not wait for, nor the thread that hears: to submit and to
@@ -298,6 +337,14 @@ class Courier(threading.Thread):
         if threads is not None:
             threads.shutdown(wait=False)
         self._carry([_Goodbye(request_id, copy(end)) for request_id in orphans])
+
+    def _expect(self, request_id: int, inbox: Inbox | LoopInbox) -> None:
+        with self._lock:  # against a goodbye that would miss this inbox
+            self.check()
+            was_idle, self.was_used = self.is_idle, True
+            self._inboxes[request_id] = inbox
+        if was_idle:
+            self.on_turn()
 
     def _carry(self, events: Sequence[Event]) -> None:
         by_loop: dict[AbstractEventLoop, list[tuple[LoopInbox, Event]]] = {}

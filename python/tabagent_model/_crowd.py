@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from ._courier import Courier, Event, Inbox, LoopInbox, Request
+from ._courier import LONG_TEXT, Courier, Event, Inbox, LoopInbox, Request
 from .errors import QueueFullError
 from .results import Completion, Source
-from .stream import LONG_TEXT, Answer, settle
+from .stream import Answer, settle
 
 
 class Crowd:

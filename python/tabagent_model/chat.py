@@ -19,13 +19,13 @@ from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ._courier import ChatPrompt, Request, request_ids
+from ._courier import LONG_TEXT, ChatPrompt, Request, request_ids
 from ._options import ChatOptions
 from ._prompt import Message, checked_messages, sound_text, token_ids
 from .errors import InvalidRequestError, SessionFileError
 from .params import GenerationConfig, GenerationFields
 from .results import ChatCompletion, Completion
-from .stream import LONG_TEXT, AsyncTextStream, TextStream, settle
+from .stream import AsyncTextStream, TextStream, settle
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

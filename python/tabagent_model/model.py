@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from . import _core, _courier, _loading, _log
 from ._base import Base
+from ._courier import LONG_TEXT
 from ._loading import OnProgress, open_model, open_model_async
 from ._prompt import (
     Messages,
@@ -35,14 +36,7 @@ from .params import (
 )
 from .pin import Pin
 from .results import ChatCompletion, Completion, ModelDescription
-from .stream import (
-    LONG_TEXT,
-    AsyncChatStream,
-    AsyncTextStream,
-    ChatStream,
-    TextStream,
-    in_executor,
-)
+from .stream import AsyncChatStream, AsyncTextStream, ChatStream, TextStream, in_executor
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI

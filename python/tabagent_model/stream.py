@@ -15,7 +15,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from ._courier import Courier, Event, Inbox, LoopInbox, Request
+from ._courier import LONG_TEXT, Courier, Event, Inbox, LoopInbox, Request
 from .errors import GenerationCancelled, InternalError, InvalidRequestError, TabAgentModelError
 from .results import (
     ChatCompletion,
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Item = TypeVar("Item", str, ChatDelta)
 Result = TypeVar("Result", Completion, ChatCompletion)
-
-# Tokenizing a longer text would hold up the event loop, so a thread does it.
-LONG_TEXT = 8192
 
 
 class _Stream(Generic[Item, Result]):
@@ -284,7 +281,9 @@ class _AsyncStream(_Stream[Item, Result]):
         if self._answer.is_cancelled:
             return inbox
         try:
-            if self._request.size > LONG_TEXT:
+            if (reply := self._post(inbox)) is not None:
+                await settle(reply)
+            elif self._request.size > LONG_TEXT:
                 job = self._courier.in_thread(self._send)
                 await settle(asyncio.wrap_future(job), job.cancel)
             else:
@@ -310,6 +309,21 @@ class _AsyncStream(_Stream[Item, Result]):
             self._answer.give_up()
             raise
         self._is_sent = True
+
+    def _post(self, inbox: LoopInbox) -> Future[None] | None:
+        try:
+            reply = self._courier.post(self._request, inbox)
+        except BaseException:
+            self._answer.give_up()
+            raise
+        if reply is not None:
+            reply.add_done_callback(self._note_sent)
+        return reply
+
+    def _note_sent(self, reply: Future[None]) -> None:
+        self._is_sent = reply.exception() is None
+        if not self._is_sent:
+            self._answer.give_up()
 
     async def _receive(self, inbox: LoopInbox) -> Event:
         self._courier.check_owner()

@@ -226,6 +226,30 @@ def test_a_worker_that_hangs_is_killed(prompt: str):
         assert model.generate("Count").text == ANSWER
 
 
+async def test_an_event_loop_goes_on_beside_a_worker_that_reads_nothing():
+    async with await AsyncModel.load(isolation="process", queue_size=500) as model:
+        os.kill(pid_of(model), signal.SIGSTOP)
+        answers = [asyncio.ensure_future(model.generate("Count " * 500)) for _ in range(200)]
+        await asyncio.sleep(0.1)  # more than the socket holds is on its way
+        os.kill(pid_of(model), signal.SIGCONT)
+        assert {(await answer).text for answer in answers} == {ANSWER}
+
+
+async def test_who_is_cancelled_on_the_way_to_the_worker_leaves_nothing_there():
+    async with await AsyncModel.load(isolation="process") as model:
+        os.kill(pid_of(model), signal.SIGSTOP)
+        asked = asyncio.ensure_future(model.generate("Count"))
+        refused = asyncio.ensure_future(model.generate([1] * 5000))
+        await asyncio.sleep(0.05)
+        assert asked.cancel() and refused.cancel()
+        await asyncio.sleep(0.05)
+        os.kill(pid_of(model), signal.SIGCONT)
+        ends = await asyncio.gather(asked, refused, return_exceptions=True)
+        assert [type(end) for end in ends] == [asyncio.CancelledError] * 2
+        metrics = await asyncio.to_thread(model.metrics)
+        assert (metrics["requests"], metrics["running"], metrics["waiting"]) == (1, 0, 0)
+
+
 async def test_an_event_loop_goes_on_beside_a_worker_that_hangs():
     async with await AsyncModel.load(isolation="process", watchdog_s=3) as model:
         turns = 0

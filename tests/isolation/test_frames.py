@@ -111,6 +111,31 @@ def test_a_message_that_is_too_large_is_not_sent(
         ends[1].send({"a": "x" * 100})
 
 
+def test_who_must_not_wait_sends_nothing_where_there_is_no_room(ends: tuple[socket.socket, Wire]):
+    ours, wire = ends
+    sent = [{"n": number, "text": "x" * 1000} for number in range(100_000)]
+    count = next(n for n, message in enumerate(sent) if not wire.send(message, waits=False))
+    assert not wire.send({"n": 0}, [b"data"], waits=False)
+    other = Wire(ours)
+    assert [other.receive() for _ in range(count)] == sent[:count]
+    assert wire.send({"n": -1}, waits=False)
+    assert other.receive() == {"n": -1}
+
+
+def test_who_must_not_wait_does_not_wait_for_another_who_sends(ends: tuple[socket.socket, Wire]):
+    ours, wire = ends
+    big = os.urandom(3_000_000)
+    sender = threading.Thread(target=wire.send, args=({}, [big]))
+    sender.start()
+    other = Wire(ours)
+    assert ours.recv(1, socket.MSG_PEEK)  # it has begun
+    assert not wire.send({"n": 1}, waits=False)
+    assert other.receive() == {"data": [big]}
+    sender.join()
+    assert wire.send({"n": 2}, waits=False)
+    assert other.receive() == {"n": 2}
+
+
 @pytest.mark.parametrize("value", VALUES, ids=str)
 def test_values_come_back_as_they_were(value: Any):
     data: list[bytes] = []

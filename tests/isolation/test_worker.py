@@ -60,8 +60,9 @@ async def test_so_does_the_async_twin():
             assert [piece async for piece in pieces] == ["One", ", two", "."]
         assert (await model.chat("hello")).text == ANSWER
         assert await model.detokenize(await model.tokenize("to be")) == "to be"
-        with pytest.raises(ContextLimitExceededError):
-            await model.generate("word " * 5000)
+        for too_long in ("word " * 5000, [1] * 5000):
+            with pytest.raises(ContextLimitExceededError):
+                await model.generate(too_long)
         pid = pid_of(model)
     assert not is_alive(pid)
 

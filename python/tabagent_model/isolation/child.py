@@ -158,19 +158,28 @@ class Child:
             raise error
         return value
 
-    def ask(self, question: Mapping[str, Any], answer: Answer, data: Sequence[bytes] = ()) -> None:
-        """Send a question. `answer` hears once, in the thread that hears."""
+    def ask(
+        self,
+        question: Mapping[str, Any],
+        answer: Answer,
+        data: Sequence[bytes] = (),
+        waits: bool = True,
+    ) -> bool:
+        """Send a question. `answer` hears once, in the thread that hears. False: it would have to
+        wait to be sent, and must not."""
         number = next(self._numbers)
         with self._lock:
             if self._end is not None:
                 raise copy(self._end)
             self._answers[number] = answer
+        is_sent = False
         try:
-            self.tell({"id": number, **question}, data)
-        except BaseException:
-            with self._lock:
-                self._answers.pop(number, None)
-            raise
+            is_sent = self.tell({"id": number, **question}, data, waits)
+        finally:
+            if not is_sent:
+                with self._lock:
+                    self._answers.pop(number, None)
+        return is_sent
 
     def call(
         self,
@@ -197,14 +206,19 @@ class Child:
             raise error
         return value
 
-    def tell(self, message: Mapping[str, Any], data: Sequence[bytes] = ()) -> None:
+    def tell(
+        self, message: Mapping[str, Any], data: Sequence[bytes] = (), waits: bool = True
+    ) -> bool:
         """Send what needs no answer. If it is gone, whoever hears will know."""
-        if self.released:
-            message = {**message, "released": self._take_released()}
+        if released := self._take_released():
+            message = {**message, "released": released}
         try:
-            self._wire.send(message, data)
+            is_sent = self._wire.send(message, data, waits)
         except OSError:
-            return
+            return True
+        if not is_sent:
+            self.released.extend(released)
+        return is_sent
 
     def hear(self, within: float, under_way: Collection[int]) -> list[RemoteEvent]:
         """Take one message and do what it says; events are given back.

@@ -48,7 +48,10 @@ class Wire:
         self._head: Message | None = None
         """A message whose data are still on their way."""
 
-    def send(self, message: Mapping[str, Any], data: Sequence[bytes] = ()) -> None:
+    def send(
+        self, message: Mapping[str, Any], data: Sequence[bytes] = (), waits: bool = True
+    ) -> bool:
+        """False, and nothing is sent: it would have to wait, and must not."""
         if data:
             message = {**message, "data": [len(each) for each in data]}
         try:
@@ -59,6 +62,8 @@ class Wire:
         if len(body) > MAX_FRAME:
             raise ProtocolError(f"a message of {len(body)} bytes exceeds {MAX_FRAME}")
         frame = _LENGTH.pack(len(body)) + body
+        if not waits:
+            return not data and self._send_at_once(frame)
         # Ctrl-C in the middle of a frame would be the end of all understanding. It strikes the main
         # thread only, and never in what the system takes at once.
         is_long = data or len(frame) > _AT_ONCE
@@ -68,6 +73,7 @@ class Wire:
             sender.join()
         else:
             self._send(frame, data)
+        return True
 
     def receive(self, within: float | None = None) -> Message | None:
         """The next message; None if none was complete in so many seconds; EOFError at the end."""
@@ -110,6 +116,19 @@ class Wire:
         with self._sending:
             for each in (frame, *data):
                 self._socket.sendall(each, _WITHOUT_SIGPIPE)
+
+    def _send_at_once(self, frame: bytes) -> bool:
+        if not self._sending.acquire(blocking=False):
+            return False
+        try:
+            sent = self._socket.send(frame, _WITHOUT_SIGPIPE | _WITHOUT_WAITING)
+            if sent < len(frame):  # Linux takes it whole or not at all, others may not
+                self._socket.sendall(frame[sent:], _WITHOUT_SIGPIPE)
+        except BlockingIOError:
+            return False
+        finally:
+            self._sending.release()
+        return True
 
     def _send_quietly(self, frame: bytes, data: Sequence[bytes]) -> None:
         try:
@@ -293,6 +312,7 @@ _LENGTH = struct.Struct(">I")
 _CHUNK, _BIG_CHUNK = 2**16, 2**20
 _AT_ONCE = 4096
 _WITHOUT_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
+_WITHOUT_WAITING = getattr(socket, "MSG_DONTWAIT", 0)
 _PLAIN = {str, int, float, bool, type(None)}
 _BUILTIN = (
     *("AttributeError", "IndexError", "KeyError", "LookupError", "MemoryError"),

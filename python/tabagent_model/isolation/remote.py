@@ -175,6 +175,15 @@ class RemoteContext(_Remote):
     ) -> None:
         self._keeper.submit(request_id, prompt, params, chat, patience)
 
+    def post(
+        self,
+        request_id: int,
+        prompt: Any,
+        params: Mapping[str, Any],
+        reply: Callable[[Exception | None], object],
+    ) -> bool:
+        return self._keeper.post(request_id, prompt, params, reply)
+
     def abort(self, request_id: int) -> None:
         self._keeper.abort(request_id)
 

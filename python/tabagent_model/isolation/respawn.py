@@ -50,6 +50,8 @@ BACKOFF_S = 1.0
 # Until a pin is tried again for which the new worker had no place.
 RENEW_AGAIN_S = 0.1
 
+Reply = Callable[[Exception | None], object]
+
 _LIMITS = ("timeout_s", "max_queue_wait_s", "deadline")
 
 
@@ -110,25 +112,15 @@ class Keeper:
         chat: RemotePrompt | None,
         patience: int,
     ) -> None:
-        if params.get("logits_hook") is not None:
-            message = "`logits_hook` is a function, and cannot travel to the worker process"
-            raise InvalidRequestError(
-                message, hint="load the model with `isolation='none'`", name="logits_hook"
-            )
-        request = _Request(prompt, params, chat, patience)
-        with self._open():
-            child = self._living
-            if child is None:
-                self._hold(request_id, request)
-                return
-            self._requests[request_id] = request
-        try:
-            self._send(child, request_id, request)
-            if (refused := request.reply.get()) is not None:
-                raise refused
-        except Exception as error:
-            self._requests.pop(request_id, None)
-            raise self._told(error) from None
+        replies: SimpleQueue[Exception | None] = SimpleQueue()
+        self._begin(request_id, _Request(prompt, params, replies.put, chat, patience))
+        if (refused := replies.get()) is not None:
+            raise refused
+
+    def post(self, request_id: int, prompt: Any, params: Mapping[str, Any], reply: Reply) -> bool:
+        """As `submit`, for an event loop: `reply` hears later, in another thread, what was wrong.
+        False: it would have to wait, and a thread has to do it."""
+        return self._begin(request_id, _Request(prompt, params, reply), waits=False)
 
     def abort(self, request_id: int) -> None:
         with self._open():
@@ -226,6 +218,29 @@ class Keeper:
         if (child := self._child) is not None:
             child.disown()
 
+    def _begin(self, request_id: int, request: _Request, waits: bool = True) -> bool:
+        if request.params.get("logits_hook") is not None:
+            message = "`logits_hook` is a function, and cannot travel to the worker process"
+            raise InvalidRequestError(
+                message, hint="load the model with `isolation='none'`", name="logits_hook"
+            )
+        with self._open():
+            child = self._living
+            if child is None:
+                self._hold(request_id, request)
+                request.reply(None)
+                return True
+            self._requests[request_id] = request
+        is_sent = False
+        try:
+            is_sent = self._send(child, request_id, request, waits)
+        except Exception as error:
+            raise self._told(error) from None
+        finally:
+            if not is_sent:
+                self._requests.pop(request_id, None)
+        return is_sent
+
     @property
     def _living(self) -> Child | None:
         """A worker that is not just about to be buried."""
@@ -258,7 +273,7 @@ class Keeper:
         """After a start that failed, not at once again."""
         return self._is_starting or time.monotonic() - self._failed_at > TICK_S
 
-    def _send(self, child: Child, request_id: int, request: _Request) -> None:
+    def _send(self, child: Child, request_id: int, request: _Request, waits: bool = True) -> bool:
         data: list[bytes] = []
         question = {
             "action": "submit",
@@ -268,15 +283,23 @@ class Keeper:
         }
         if request.chat is not None:
             question |= {"chat": request.chat.told_to(child), "patience": request.patience}
-        child.ask(question, lambda _, error: self._answered(request_id, request, error), data)
+
+        def answer(_: Any, error: Exception | None) -> None:
+            self._answered(request_id, request, error)
+
+        return child.ask(question, answer, data, waits)
 
     def _answered(self, request_id: int, request: _Request, error: Exception | None) -> None:
         with self._changed:
-            if not request.is_in:
-                request.is_in = error is None
-                request.reply.put(error)
-            elif error is not None:
-                self._end(request_id, _failed(request_id, error))
+            if request.is_in:
+                if error is not None:
+                    self._end(request_id, _failed(request_id, error))
+                return
+            request.is_in = error is None
+            if error is not None:
+                self._requests.pop(request_id, None)
+                error = self._told(error)
+        request.reply(error)
 
     def _hold(self, request_id: int, request: _Request) -> None:
         if self.num_held() >= self.config.queue_size:
@@ -388,9 +411,9 @@ class Keeper:
                 self._renewing.discard(request_id)
                 return None
             self._renewing.add(request_id)
-        again = _Request(pin.prompt, pin.without_limits())
-        self._send(child, request_id, again)
-        return again.reply.get()
+        replies: SimpleQueue[Exception | None] = SimpleQueue()
+        self._send(child, request_id, _Request(pin.prompt, pin.without_limits(), replies.put))
+        return replies.get()
 
     def _is_of_renewal(self, event: RemoteEvent) -> bool:
         """Nobody waits for it: whoever pinned that had his answer long ago."""
@@ -458,10 +481,11 @@ class _Request:
 
     prompt: str | Sequence[int]
     params: Mapping[str, Any]
+    reply: Reply
+    """Hears once whether it was taken, or why not."""
     chat: RemotePrompt | None = None
     patience: int = 50
     submitted: float = field(default_factory=time.monotonic)
-    reply: SimpleQueue[Exception | None] = field(default_factory=SimpleQueue)
     is_held: bool = False
     """It waits for a worker."""
     is_in: bool = False

@@ -22,12 +22,11 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from .. import _core
-from .._courier import begin
+from .._courier import LONG_TEXT, begin
 from .._loading import load_here, placement_of
 from ..errors import InvalidRequestError, ProtocolError, TabAgentModelError
 from ..params import ModelConfig
 from ..placement._ledger import LEDGER
-from ..stream import LONG_TEXT
 from .frames import PROTOCOL, Message, Wire, pack, told_error, told_of, unpack
 from .memory import Books
 
