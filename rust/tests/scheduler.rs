@@ -378,6 +378,23 @@ fn low_priority_gives_its_slot_to_whoever_is_more_urgent_and_loses_nothing() {
 }
 
 #[test]
+fn what_a_preempted_request_finds_again_was_not_cached_for_it() {
+    let mut engine = Engine::new(Setup { prompt_cache_bytes: 1 << 12, ..one_slot() });
+    let low = GenerationConfig { priority: Priority::Low, ..at_most(45) };
+    engine.submit(1, &[10], low);
+    engine.stage.let_through(40);
+    engine.stage.wait_for_batch(41);
+    engine.submit(2, &[60], at_most(2));
+    engine.stage.open();
+    engine.answers([1, 2]);
+    assert_eq!((engine.ended.as_slice(), engine.stage.restored().len()), (&[2, 1][..], 1));
+    let stats = engine.stats(1);
+    assert_eq!((stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens), (1, 0, 45));
+    let metrics = engine.context.metrics();
+    assert_eq!((metrics.prompt_tokens, metrics.cached_tokens, metrics.preemptions), (2, 0, 1));
+}
+
+#[test]
 fn normal_priority_keeps_its_slot() {
     let mut engine = Engine::new(one_slot());
     engine.submit(1, &[10], with_priority(Priority::Normal));
@@ -511,6 +528,37 @@ fn who_waits_for_a_beginning_holds_up_nobody_behind() {
     let begins = |token| engine.stage.batches().iter().position(is_in(token));
     // The first prompt takes four steps. The third request may come too late for the first of them.
     assert!(begins(70) <= Some(1), "{:?}", begins(70));
+}
+
+/// The beginning of `shared_and`, and so much more of one's own.
+fn shared_and_much() -> Vec<i32> {
+    (0..50).chain([60; 110]).collect()
+}
+
+#[test]
+fn who_waits_for_a_beginning_does_not_wait_for_the_rest() {
+    let setup = Setup { n_slots: 2, gate: Some(0), n_ctx: 256, ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    engine.submit(1, &shared_and_much(), at_most(2));
+    engine.submit(2, &shared_and(20), at_most(2));
+    engine.stage.open();
+    assert_eq!(engine.answers([1, 2]), [said([61, 62], Length), said([21, 22], Length)]);
+    assert_eq!(engine.ended, [2, 1]);
+    assert_eq!(engine.stats(2).cached_tokens, 50);
+    engine.close();
+    assert_eq!(engine.stage.faults(), [""; 0]);
+}
+
+#[test]
+fn who_is_more_urgent_does_not_wait_for_a_beginning() {
+    let setup = Setup { n_slots: 2, gate: Some(0), ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    engine.submit(1, &shared_and(10), with_priority(Priority::Low));
+    engine.stage.wait_for_batch(1);
+    engine.submit(2, &shared_and(20), with_priority(Priority::High));
+    engine.stage.open();
+    assert_eq!(engine.answers([1, 2]), [10, 20].map(|last| said([last + 1, last + 2], Length)));
+    assert_eq!((engine.ended.as_slice(), engine.stats(2).cached_tokens), (&[2, 1][..], 0));
 }
 
 #[test]
@@ -1129,7 +1177,7 @@ fn reference(prompt: &[i32], config: &GenerationConfig, n_ctx: usize) -> Answer 
     let mut generated = Vec::new();
     while generated.len() < most {
         let next = match hash_all(&history) {
-            END if config.ignore_eos => 0, // the best of the rest
+            END if config.ignore_eos || generated.len() < config.min_tokens as usize => 0, // the next best
             next => next,
         };
         if next == END {
@@ -1218,7 +1266,21 @@ impl Storm {
             true => (Overflow::Shift, dice.i64(0..90)),
             false => (Overflow::Error, dice.i64(-1..20)),
         };
-        GenerationConfig { priority, stop, overflow, ..at_most(limit) }
+        let soon = |dice: &mut fastrand::Rng| {
+            let micros = dice.u64(0..2000);
+            (dice.u32(0..20) == 0).then(|| Duration::from_micros(micros))
+        };
+        let (timeout, max_queue_wait) = (soon(dice), soon(dice));
+        let min_tokens = if dice.u32(0..4) == 0 { dice.u32(0..6) } else { 0 };
+        GenerationConfig {
+            priority,
+            stop,
+            overflow,
+            timeout,
+            max_queue_wait,
+            min_tokens,
+            ..at_most(limit)
+        }
     }
 }
 
@@ -1246,6 +1308,8 @@ fn weather(seed: u64, num_events: usize, num_failures: &AtomicUsize) {
     }
     for (id, prompt, config) in accepted {
         let [answer] = engine.answers([id]);
+        let stats = engine.stats(id);
+        assert!(stats.cached_tokens < stats.prompt_tokens, "seed {seed}: {stats:?}");
         let expected = reference(&prompt, &config, storm.n_ctx);
         match answer.reason {
             Stop | Length => assert_eq!(answer, expected, "seed {seed}, request {id}"),

@@ -7,11 +7,13 @@ import gc
 import math
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
+from gguf_files import array, tiny_gguf
 from tabagent_model import (
     AsyncModel,
     GenerationConfig,
@@ -53,6 +55,19 @@ def test_every_sampler_reproduces_its_answer_with_the_seed(model: Model, fields:
     answer = model.generate(PROMPT, **hot)
     assert answer.tokens
     assert model.generate([PROMPT] * 3, **hot) == [answer] * 3
+
+
+def test_what_the_model_suppresses_is_never_generated(tmp_path: Path):
+    def tokens_of(*suppressed: int) -> tuple[int, ...]:
+        keys = {"tokenizer.ggml.suppress_tokens": array("i32", [*suppressed, 10**6])}
+        path = tiny_gguf(tmp_path / f"{len(suppressed)}.gguf", keys=keys)
+        with Model.load(path, n_ctx=64) as model:
+            return model.generate(PROMPT, **GREEDY, ignore_eos=True).tokens
+
+    free = tokens_of()
+    without = tokens_of(*free)
+    assert len(free) == len(without) == 12
+    assert free and not {*free} & {*without}
 
 
 @pytest.mark.parametrize(

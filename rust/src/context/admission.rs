@@ -38,12 +38,13 @@ impl<R: Runner> Scheduler<R> {
                 continue;
             }
             let (slot, cached) = self.slots.try_reserve(&sequence.tokens).expect("one is free");
-            sequence.start(slot, cached, now);
+            sequence.start(slot, now);
             self.running.push(sequence); // before the runner is called: a panic there must find it
             let cached = self.prepare(slot, cached);
             let sequence = self.running.last_mut().expect("just pushed");
-            sequence.start(slot, cached, now);
-            self.shared.count_prompt(sequence.tokens.len(), cached);
+            if sequence.found(cached) {
+                self.shared.count_prompt(sequence.tokens.len(), cached);
+            }
         }
     }
 
@@ -51,7 +52,7 @@ impl<R: Runner> Scheduler<R> {
     fn may_begin(&self, sequence: &Sequence) -> bool {
         sequence.wants_nothing()
             || !self.runner.can_copy()
-            || !is_under_way(&sequence.tokens, &self.running, &self.slots)
+            || !is_under_way(sequence, &self.running, &self.slots)
     }
 
     /// Makes the slot hold as much of the youngest request's beginning as is known anywhere, and
@@ -242,10 +243,15 @@ impl<R: Runner> Scheduler<R> {
 }
 
 /// Whether somebody is just computing much of what this prompt begins with: then it is cheaper to
-/// wait and share it.
-fn is_under_way(prompt: &[i32], running: &[Sequence], slots: &Slots) -> bool {
-    let prefills = running.iter().filter(|sequence| sequence.num_generated() == 0);
-    let promised = prefills.map(|sequence| common_prefix(&sequence.tokens, prompt)).max();
-    let promised = promised.unwrap_or(0).min(prompt.len() - 1);
-    promised > WORTH_COPYING && slots.find_shared(prompt, promised - WORTH_COPYING).is_none()
+/// wait for that and share it. Not for somebody who is less urgent, who may wait himself.
+fn is_under_way(sequence: &Sequence, running: &[Sequence], slots: &Slots) -> bool {
+    let prompt = &sequence.tokens;
+    running.iter().any(|other| {
+        let promised = common_prefix(&other.tokens, prompt).min(prompt.len() - 1);
+        let is_coming = other.num_generated() == 0 && other.computed < promised;
+        is_coming
+            && other.priority <= sequence.priority
+            && promised > WORTH_COPYING
+            && !slots.is_shared_beside(other.slot, prompt, promised - WORTH_COPYING)
+    })
 }

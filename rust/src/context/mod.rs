@@ -370,7 +370,7 @@ impl Context {
         outbox: Arc<Outbox>,
         id: u64,
         prompt: Prompt,
-        config: GenerationConfig,
+        mut config: GenerationConfig,
     ) -> Result<()> {
         self.check_process()?;
         self.check_thread("generating")?;
@@ -383,6 +383,9 @@ impl Context {
             return Err(Error::invalid("prompt", "nothing", "at least one token"));
         }
         let (prompt, dropped) = self.fitted(prompt, &config)?;
+        if let Ok(model) = self.model() {
+            config.banned_tokens.extend_from_slice(model.vocabulary().suppressed());
+        }
         let commands = lock(&self.commands);
         if self.is_closed() {
             return Err(Error::ModelUnloaded);

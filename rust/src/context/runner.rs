@@ -164,6 +164,8 @@ impl Crew {
         let n_half = n_threads / 2;
         let pool = (n_half > 1).then(|| Pool::new(n_half)).and_then(Result::ok);
         let n_threads = if pool.is_some() { n_half } else { 1 };
+        // SAFETY: it changes nothing but the kernel's idea of this thread, which making the pool took back.
+        unsafe { ffi::ta_thread_computes(true) }
         let mut crew = Crew::new(pool, n_threads);
         crew.watch_waits();
         crew

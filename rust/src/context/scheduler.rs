@@ -227,11 +227,12 @@ impl<R: Runner> Scheduler<R> {
             let first = self.batch.partition_point(|row| row.slot < slot);
             let rows = self.batch[first..].iter().take_while(|row| row.slot == slot).count();
             sequence.computed += rows;
+            if rows > 0 && sequence.num_generated() == 0 {
+                // Others may begin with the same prompt, or a part of it.
+                self.slots.hold(slot, &sequence.tokens[..sequence.computed]);
+            }
             if rows == 0 || sequence.remaining() > 0 {
                 continue;
-            }
-            if sequence.num_generated() == 0 {
-                self.slots.hold(slot, &sequence.tokens); // others may begin with the same prompt
             }
             let ending = match sequence.is_pin {
                 true => Some(self.pin(index)),

@@ -13,7 +13,7 @@ use crate::error::Error;
 
 /// The tokens of one request, in three parts:
 ///
-///     [0, cached)          found in a slot or the prompt cache, computed for an earlier request
+///     [0, cached)          found in a slot or the prompt cache when it came into its slot
 ///     [cached, computed)   computed for this one
 ///     [computed, len)      waiting: the rest of the prompt, or the token sampled last
 ///
@@ -32,6 +32,8 @@ pub struct Sequence {
     num_prompt: usize,
     num_generated: usize,
     cached: usize,
+    /// The same when it came into a slot for the first time.
+    reused: Option<usize>,
     dropped: usize,
     keep: usize,
     shifts: bool,
@@ -73,6 +75,7 @@ impl Sequence {
             num_generated: 0,
             computed: 0,
             cached: 0,
+            reused: None,
             dropped,
             keep: config.kept_tokens(prompt.len(), n_ctx),
             shifts: config.overflow == Overflow::Shift,
@@ -98,11 +101,18 @@ impl Sequence {
         }
     }
 
-    pub fn start(&mut self, slot: usize, cached: usize, now: Instant) {
+    pub fn start(&mut self, slot: usize, now: Instant) {
         self.slot = Some(slot);
+        self.times.started.get_or_insert(now);
+    }
+
+    /// How much of it was in its slot. Whether it came into one for the first time.
+    pub fn found(&mut self, cached: usize) -> bool {
         self.computed = cached;
         self.cached = cached;
-        self.times.started.get_or_insert(now);
+        let is_first = self.reused.is_none();
+        self.reused.get_or_insert(cached);
+        is_first
     }
 
     /// Back to the queue; what was computed is lost, what was generated is not.
@@ -270,7 +280,7 @@ impl Sequence {
             request: Some(self.id),
             held_tokens: self.computed,
             prompt_tokens: self.num_prompt,
-            cached_tokens: self.cached,
+            cached_tokens: self.reused.unwrap_or(0),
             generated_tokens: self.num_generated,
         }
     }
@@ -286,7 +296,7 @@ impl Sequence {
         let [gap_p50_ms, gap_p99_ms] = self.times.gap_percentiles([0.5, 0.99]);
         Stats {
             prompt_tokens: self.num_prompt,
-            cached_tokens: self.cached,
+            cached_tokens: self.reused.unwrap_or(0),
             dropped_tokens: self.dropped,
             generated_tokens: self.num_generated,
             n_ctx: self.n_ctx,

@@ -90,6 +90,12 @@ impl Slots {
         shared.filter(|(_, shared)| *shared > more_than).max_by_key(|(_, shared)| *shared)
     }
 
+    /// Whether a slot beside that one shares more than `more_than` tokens of the prompt's beginning.
+    pub fn is_shared_beside(&self, one: Option<usize>, prompt: &[i32], more_than: usize) -> bool {
+        let mut others = self.slots.iter().enumerate().filter(|(index, _)| Some(*index) != one);
+        others.any(|(_, slot)| common_prefix(&slot.tokens, prompt) > more_than)
+    }
+
     /// As `find_shared`, with the last token; where a busy slot may be copied, that is no hindrance.
     pub fn find_exportable(&self, tokens: &[i32], also_busy: bool) -> Option<(usize, usize)> {
         let slots = self.slots.iter().enumerate().filter(|(_, slot)| also_busy || !slot.busy);

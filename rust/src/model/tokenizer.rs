@@ -93,6 +93,18 @@ impl Vocabulary {
         ids.filter_map(|(id, ends)| ends.then_some(id as i32)).collect()
     }
 
+    /// What the model's file says must never be generated.
+    pub(crate) fn suppressed(&self) -> &[i32] {
+        let mut count = 0;
+        // SAFETY: the vocabulary lives as long as this, and never changes.
+        unsafe {
+            match llama_cpp_sys_2::llama_vocab_get_suppress_tokens(self.pointer, &mut count) {
+                first if count > 0 => std::slice::from_raw_parts(first, count as usize),
+                _ => &[],
+            }
+        }
+    }
+
     /// False for models that take token ids only.
     pub(crate) fn has_text(&self) -> bool {
         self.has_text
