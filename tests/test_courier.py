@@ -14,6 +14,8 @@ import pytest
 from tabagent_model import AsyncModel, ForkedProcessError, InternalError, InvalidRequestError, Model
 from tabagent_model._courier import Courier, Inbox, LoopInbox, Request
 from tabagent_model.errors import ModelNotLoadedError
+from tabagent_model.results import Source
+from tabagent_model.stream import AsyncTextStream
 from tabagent_model.testing import ScriptedContext, ScriptedEvent
 
 
@@ -142,6 +144,33 @@ async def test_a_loop_is_woken_once_for_all_its_streams():
         assert (await inbox.get()).text == "x"
         assert (await inbox.get()).is_last
     assert wakes == 2
+
+
+class FarContext(ScriptedContext):
+    """As one in another process: what is posted is taken when `take` is called."""
+
+    def post(self, request_id: int, prompt: Any, params: Any, reply: Any) -> bool:
+        def take() -> None:
+            self.submit(request_id, prompt, params)
+            reply(None)
+
+        self.take = take
+        return True
+
+
+async def test_who_is_cancelled_while_the_answer_to_the_submit_arrives_leaves_nothing_behind():
+    context = FarContext(endless)
+    courier = Courier(context)
+    request = Request(1, "a", {}, is_far=True)
+    stream = AsyncTextStream(courier, request, Source(), owner=None)
+    reading = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_soon(reading.cancel)
+    context.take()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert (context.aborted, courier.is_idle) == ([1], True)
+    courier.close()
 
 
 def test_events_wait_for_a_reader_that_is_slow():

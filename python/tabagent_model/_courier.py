@@ -181,6 +181,18 @@ class Request:
         """How much there is to tokenize; without end where nobody should wait for the way in."""
         return math.inf if self.is_far or callable(self.prompt) else len(self.prompt)
 
+    @property
+    def is_light(self) -> bool:
+        """Whether an event loop can write it to another process itself."""
+        if not self.is_far or callable(self.prompt) or len(self.prompt) > LONG_TEXT:
+            return False
+        values = self.params.values()
+        return not any(
+            isinstance(value, Mapping)
+            or (isinstance(value, (str, list, tuple)) and len(value) > LONG_TEXT)
+            for value in values
+        )
+
 
 class Courier(threading.Thread):
     """The thread that sleeps in `next_events`, and the door through which requests go in.
@@ -221,14 +233,18 @@ class Courier(threading.Thread):
             self.abandon(request.id)
             raise
 
-    def post(self, request: Request, inbox: LoopInbox) -> asyncio.Future[None] | None:
+    def post(
+        self, request: Request, inbox: LoopInbox, note: Callable[[bool], None]
+    ) -> asyncio.Future[None] | None:
         """Submit a request to another process from an event loop, which waits for nothing: the
-        future hears what `send` would say. None: it takes a thread."""
-        if not request.is_far or callable(request.prompt) or len(request.prompt) > LONG_TEXT:
+        future hears what `send` would say, after `note` has heard whether the request was taken.
+        None: it takes a thread."""
+        if not request.is_light:
             return None
         reply = inbox.loop.create_future()
 
         def settle(error: Exception | None) -> None:
+            note(error is None)
             if error is None:
                 reply.set_result(None)
             else:
@@ -240,14 +256,18 @@ class Courier(threading.Thread):
             with suppress(RuntimeError):  # the loop was closed, and nobody waits
                 inbox.loop.call_soon_threadsafe(settle, error)
 
-        is_sent = False
+        self._expect(request.id, inbox)
         try:
-            self._expect(request.id, inbox)
             far = cast("FarContext", self._context)
             is_sent = far.post(request.id, request.prompt, request.params, hear)
-        finally:
-            if not is_sent:
-                self._forget(request.id)
+        except Exception:
+            self._forget(request.id)
+            raise
+        except BaseException:  # as in `send`
+            self.abandon(request.id)
+            raise
+        if not is_sent:
+            self._forget(request.id)
         return reply if is_sent else None
 
     def in_thread(self, function: Callable[[], None]) -> Future[None]:

@@ -312,17 +312,14 @@ class _AsyncStream(_Stream[Item, Result]):
 
     def _post(self, inbox: LoopInbox) -> Future[None] | None:
         try:
-            reply = self._courier.post(self._request, inbox)
+            return self._courier.post(self._request, inbox, self._note_sent)
         except BaseException:
             self._answer.give_up()
             raise
-        if reply is not None:
-            reply.add_done_callback(self._note_sent)
-        return reply
 
-    def _note_sent(self, reply: Future[None]) -> None:
-        self._is_sent = reply.exception() is None
-        if not self._is_sent:
+    def _note_sent(self, is_sent: bool) -> None:
+        self._is_sent = is_sent
+        if not is_sent:
             self._answer.give_up()
 
     async def _receive(self, inbox: LoopInbox) -> Event:

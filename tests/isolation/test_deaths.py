@@ -229,10 +229,16 @@ def test_a_worker_that_hangs_is_killed(prompt: str):
 async def test_an_event_loop_goes_on_beside_a_worker_that_reads_nothing():
     async with await AsyncModel.load(isolation="process", queue_size=500) as model:
         os.kill(pid_of(model), signal.SIGSTOP)
-        answers = [asyncio.ensure_future(model.generate("Count " * 500)) for _ in range(200)]
+        prompts = ["Count " * 500] * 200 + ["Count " * 1300] * 20
+        answers = [asyncio.ensure_future(model.generate(prompt)) for prompt in prompts]
+        left = asyncio.ensure_future(model.generate("Count"))
         await asyncio.sleep(0.1)  # more than the socket holds is on its way
+        assert left.cancel()
+        await asyncio.sleep(0.1)
         os.kill(pid_of(model), signal.SIGCONT)
         assert {(await answer).text for answer in answers} == {ANSWER}
+        with pytest.raises(asyncio.CancelledError):
+            await left
 
 
 async def test_who_is_cancelled_on_the_way_to_the_worker_leaves_nothing_there():

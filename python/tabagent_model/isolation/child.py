@@ -14,7 +14,7 @@ import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import copy
 from itertools import count
 from mmap import PAGESIZE
@@ -177,8 +177,8 @@ class Child:
             is_sent = self.tell({"id": number, **question}, data, waits)
         finally:
             if not is_sent:
-                with self._lock:
-                    self._answers.pop(number, None)
+                with self._lock:  # where it is gone, the end of the worker is its answer
+                    is_sent = self._answers.pop(number, None) is None
         return is_sent
 
     def call(
@@ -212,12 +212,14 @@ class Child:
         """Send what needs no answer. If it is gone, whoever hears will know."""
         if released := self._take_released():
             message = {**message, "released": released}
+        is_sent = False
         try:
             is_sent = self._wire.send(message, data, waits)
         except OSError:
-            return True
-        if not is_sent:
-            self.released.extend(released)
+            is_sent = True
+        finally:
+            if not is_sent:
+                self.released.extend(released)
         return is_sent
 
     def hear(self, within: float, under_way: Collection[int]) -> list[RemoteEvent]:
@@ -274,7 +276,11 @@ class Child:
         self._process.returncode = 0  # else it would be waited for
 
     def _take_released(self) -> list[int]:
-        return [self.released.popleft() for _ in range(len(self.released))]
+        taken = []
+        with suppress(IndexError):  # another thread may be quicker
+            while self.released:
+                taken.append(self.released.popleft())
+        return taken
 
     def _take(self, message: Message) -> list[RemoteEvent]:
         if (told := message.get("events")) is not None:

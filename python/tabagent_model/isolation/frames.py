@@ -118,11 +118,11 @@ class Wire:
                 self._socket.sendall(each, _WITHOUT_SIGPIPE)
 
     def _send_at_once(self, frame: bytes) -> bool:
-        if not self._sending.acquire(blocking=False):
+        if len(frame) > _WHOLE or not self._sending.acquire(blocking=False):
             return False
         try:
             sent = self._socket.send(frame, _WITHOUT_SIGPIPE | _WITHOUT_WAITING)
-            if sent < len(frame):  # Linux takes it whole or not at all, others may not
+            if sent < len(frame):  # only where a system's sockets are smaller than Linux's
                 self._socket.sendall(frame[sent:], _WITHOUT_SIGPIPE)
         except BlockingIOError:
             return False
@@ -311,6 +311,8 @@ def unpack(value: Any, data: Sequence[bytes], make: Callable[[Any], Any] | None 
 _LENGTH = struct.Struct(">I")
 _CHUNK, _BIG_CHUNK = 2**16, 2**20
 _AT_ONCE = 4096
+# What Linux takes as a whole, or not at all.
+_WHOLE = 2**15
 _WITHOUT_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
 _WITHOUT_WAITING = getattr(socket, "MSG_DONTWAIT", 0)
 _PLAIN = {str, int, float, bool, type(None)}

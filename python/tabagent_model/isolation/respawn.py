@@ -115,12 +115,16 @@ class Keeper:
         replies: SimpleQueue[Exception | None] = SimpleQueue()
         self._begin(request_id, _Request(prompt, params, replies.put, chat, patience))
         if (refused := replies.get()) is not None:
-            raise refused
+            raise self._told(refused)
 
     def post(self, request_id: int, prompt: Any, params: Mapping[str, Any], reply: Reply) -> bool:
         """As `submit`, for an event loop: `reply` hears later, in another thread, what was wrong.
         False: it would have to wait, and a thread has to do it."""
-        return self._begin(request_id, _Request(prompt, params, reply), waits=False)
+
+        def tell(error: Exception | None) -> None:
+            reply(None if error is None else self._told(error))
+
+        return self._begin(request_id, _Request(prompt, params, tell), waits=False)
 
     def abort(self, request_id: int) -> None:
         with self._open():
@@ -133,8 +137,14 @@ class Keeper:
                 self._end(request_id, cancelled)
                 return
             child = self._child
-        if child is not None:
-            child.tell({"action": "abort", "request": request_id})
+        message = {"action": "abort", "request": request_id}
+        if child is None or child.tell(message, waits=False):
+            return
+        if runs_an_event_loop():
+            tell = partial(child.tell, message)
+            begin(threading.Thread(target=tell, name="tabagent-abort", daemon=True))
+        else:
+            child.tell(message)
 
     def unpin(self, request_id: int) -> None:
         """What was pinned is kept no longer. Where no worker lives it is gone already."""
@@ -231,14 +241,13 @@ class Keeper:
                 request.reply(None)
                 return True
             self._requests[request_id] = request
-        is_sent = False
         try:
             is_sent = self._send(child, request_id, request, waits)
-        except Exception as error:
+        except Exception as error:  # after Ctrl-C it may have been sent, and is to be aborted
+            self._requests.pop(request_id, None)
             raise self._told(error) from None
-        finally:
-            if not is_sent:
-                self._requests.pop(request_id, None)
+        if not is_sent:
+            self._requests.pop(request_id, None)
         return is_sent
 
     @property
@@ -296,9 +305,8 @@ class Keeper:
                     self._end(request_id, _failed(request_id, error))
                 return
             request.is_in = error is None
-            if error is not None:
-                self._requests.pop(request_id, None)
-                error = self._told(error)
+            if error is not None and self._requests.get(request_id) is request:
+                del self._requests[request_id]
         request.reply(error)
 
     def _hold(self, request_id: int, request: _Request) -> None:
