@@ -141,10 +141,13 @@ class OursAsync:
     def together(self, asks: list[Ask]) -> list[Answer]:
         return self.loop.run_until_complete(_gather(map(self.ask, asks)))
 
-    async def ask(self, ask: Ask) -> Answer:
+    def stream(self, ask: Ask) -> Any:
+        return self.model.stream(ask.prompt, **_our_sampling(ask))
+
+    async def ask(self, ask: Ask, answer: Answer | None = None) -> Answer:
         await asyncio.sleep(ask.after_s)
-        answer = Answer()
-        async with self.model.stream(ask.prompt, **_our_sampling(ask)) as pieces:
+        answer = answer or Answer()
+        async with self.stream(ask) as pieces:
             async for _ in pieces:
                 answer.saw()
         answer.tokens = pieces.usage.completion_tokens

@@ -113,6 +113,52 @@ def beside_prefill(engine: Any, prompt: int, chat: int, chat_is_first: bool, see
     }
 
 
+def cancelling(engine: OursAsync, prompt: int, others: int, times: int, seed: int) -> Figures:
+    """How long after a cancel the place is free: a chat's beside others, and a long prompt's. It is
+    measured by the steps of those others."""
+    _warm_up(engine)
+    dice = random.Random(seed)
+    endless = 10**6
+
+    async def cancel(ask: Ask, after_pieces: int, after_s: float) -> float:
+        async with engine.stream(ask) as stream:
+            for _ in range(after_pieces):
+                await anext(stream)
+            await asyncio.sleep(after_s)
+            began = time.perf_counter()
+            await stream.aclose()
+            return time.perf_counter() - began
+
+    async def run() -> Figures:
+        answers = [Answer() for _ in range(others)]
+        asks = [Ask(words(16, seed * 1000 + i), endless) for i in range(others)]
+        beside = [
+            asyncio.ensure_future(engine.ask(*both)) for both in zip(asks, answers, strict=True)
+        ]
+        while any(len(answer.pieces) < 8 for answer in answers):
+            await asyncio.sleep(0.01)
+        chats, prompts = [], []
+        for number in range(times):
+            ask = Ask(words(16, (seed + _CHAT) * 1000 + number), endless)
+            chats.append(await cancel(ask, 2, dice.uniform(0, 0.02)))
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
+        for number in range(times):
+            ask = Ask(words(prompt, (seed + _LONG) * 1000 + number), endless)
+            prompts.append(await cancel(ask, 0, dice.uniform(0.02, 0.1)))
+        step = median(gap for answer in answers for gap in answer.gaps_s)
+        return {
+            "chat_steps": percentile_99(chats) / step,
+            "prompt_p99_ms": percentile_99(prompts) * 1e3,
+            "chat_ms": median(chats) * 1e3,
+            "prompt_ms": median(prompts) * 1e3,
+            "step_ms": step * 1e3,
+        }
+
+    return engine.loop.run_until_complete(run())
+
+
 def beside_neighbours(engine: Any, tokens: int, nice: int, cores: int, seed: int) -> Figures:
     """Decoding alone, then next to processes that compute without a pause."""
     run = getattr(engine, "decode", None) or partial(decode, engine)
@@ -323,6 +369,7 @@ JOBS: dict[str, Callable[..., Figures]] = {
         sampling,
         idle,
         event_loop,
+        cancelling,
         isolation,
         http,
         health,

@@ -50,13 +50,14 @@ def soak_engine(args: argparse.Namespace) -> dict[str, Any]:
     before = least_belongings()
     ledger = Ledger(args.requests, args.warm_up, on_sample=watch)
     watch()
-    soak(plan, ledger, args.users, expected)
+    soak(plan, ledger, args.users, args.threads, expected)
     faulthandler.cancel_dump_traceback_later()
     gc.collect()
     if not eventually(lambda: least_belongings() == before):
         ledger.fault(f"left behind: {belongings()}, and before it was {before}")
     ledger.close()
-    return {"seed": args.seed, "users": args.users, **ledger.report()}
+    asked = {"seed": args.seed, "users": args.users, "threads": args.threads}
+    return {**asked, **ledger.report()}
 
 
 def arguments() -> argparse.Namespace:
@@ -64,6 +65,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--warm-up", type=int, default=1000, help="requests before them (1000)")
     parser.add_argument("--users", type=int, default=8)
+    threads = "that compute, for each engine (2, so that they meet)"
+    parser.add_argument("--threads", type=int, default=2, help=threads)
     parser.add_argument("--cancels", type=float, default=0.1, help="their share (0.1)")
     parser.add_argument("--mistakes", type=float, default=0.1, help="their share (0.1)")
     parser.add_argument("--loads", type=int, default=100, help="rounds of load and unload (100)")
@@ -100,25 +103,33 @@ def take_one_arena() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-def soak(plan: Plan, ledger: Ledger, num_users: int, expected: Completion) -> None:
+def soak(
+    plan: Plan, ledger: Ledger, num_users: int, num_threads: int, expected: Completion
+) -> None:
     """Half of the users are threads, half are tasks; each half has an engine of its own."""
     numbers = iter(range(-ledger.warm_up, plan.requests))  # atomic, so all may share it
-    border = Border()
+    border = Border(num_threads)
     with border.open(Model) as model:
         threads = Threads(model, plan, ledger, numbers, expected)
         users = [threading.Thread(target=threads.run) for _ in range(num_users - num_users // 2)]
         for user in users:
             user.start()
-        asyncio.run(soak_tasks(plan, ledger, num_users // 2, numbers, expected))
+        tasks = soak_tasks(plan, ledger, num_users // 2, num_threads, numbers, expected)
+        asyncio.run(tasks)
         for user in users:
             user.join()
         border.check(ledger)
 
 
 async def soak_tasks(
-    plan: Plan, ledger: Ledger, num_users: int, numbers: Iterator[int], expected: Completion
+    plan: Plan,
+    ledger: Ledger,
+    num_users: int,
+    num_threads: int,
+    numbers: Iterator[int],
+    expected: Completion,
 ) -> None:
-    border = Border()
+    border = Border(num_threads)
     async with border.open(AsyncModel) as model:
         tasks = Tasks(model, plan, ledger, numbers, expected)
         await asyncio.gather(*(tasks.run() for _ in range(num_users)))
@@ -134,11 +145,11 @@ def reference() -> Completion:
 class Border:
     """A context that is watched where Python meets Rust: who goes in comes out once."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int) -> None:
         self._native = PyModel()
         self._native.load(ModelConfig().path)
         self._context = self._native.create_context(
-            N_CTX, n_seq_max=4, queue_size=QUEUE_SIZE, n_threads=1
+            N_CTX, n_seq_max=4, queue_size=QUEUE_SIZE, n_threads=num_threads
         )
         self._inside: set[int] = set()
         self._strangers: list[int] = []

@@ -114,11 +114,12 @@ class Ledger:
 
 def markdown(report: dict[str, Any]) -> str:
     memory = report["memory"]
+    computed_by = f", {report['threads']} threads an engine" if "threads" in report else ""
     lines = [
         f"{report['requests']:,} requests and {report['warm_up']:,} before them to warm up, in"
         f" {report['seconds']:,} s ({report['requests_per_second']} per second), by"
-        f" {report['users']} users, seed {report['seed']}; {report['machine']}, tabagent_model"
-        f" {report['version']}.",
+        f" {report['users']} users{computed_by}, seed {report['seed']}; {report['machine']},"
+        f" tabagent_model {report['version']}.",
         "",
         "| kind | requests | ended | p50 ms | p99 ms |",
         "|---|---:|---|---:|---:|",
