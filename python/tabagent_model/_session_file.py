@@ -120,5 +120,15 @@ def engine_of(model: Base) -> dict[str, Any]:
     }
 
 
+def other_settings(engine: Mapping[str, Any], model: Base) -> str:
+    """Which settings of a saved context differ from those of this model's, in words."""
+    here = engine_of(model)
+    return ", ".join(
+        f"`{name}` was {engine.get(name)!r} and is {here[name]!r} here"
+        for name in ("kv_type", "flash_attn")
+        if engine.get(name) != here[name]
+    )
+
+
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _identities: WeakKeyDictionary[Any, tuple[str, str]] = WeakKeyDictionary()

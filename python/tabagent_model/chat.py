@@ -123,8 +123,8 @@ class _Session:
         SessionFile(facts, state).write(path)
 
     @classmethod
-    def _load(cls, model: Base, path: str | os.PathLike[str]) -> Self:
-        from ._session_file import SessionFile, identity_of
+    def _load(cls, model: Base, path: str | os.PathLike[str], recompute: bool) -> Self:
+        from ._session_file import SessionFile, identity_of, other_settings
 
         file = SessionFile.read(path)
         facts = file.facts
@@ -132,6 +132,10 @@ class _Session:
             there, here = facts["name"] or "scripted", model._source.model or "scripted"
             message = f"`{os.fsdecode(path)}` is a session of another model"
             raise SessionFileError(f"{message} (`{there}`) than this one (`{here}`)")
+        if not recompute and (differ := other_settings(facts["engine"], model)):
+            message = f"`{os.fsdecode(path)}` was saved in another kind of context: {differ}"
+            hint = "open the model as it was then, or let `recompute=True` compute it again"
+            raise SessionFileError(message, hint=hint)
         try:
             config = cast("GenerationFields", facts["config"])
             session = cls(model, facts["system"], config)

@@ -154,7 +154,7 @@ class TemplateError(TabAgentModelError, ValueError):
 
 
 class SessionFileError(TabAgentModelError, ValueError):
-    """The file is no saved session, is damaged, or belongs to another model."""
+    """The file is no saved session, is damaged, or belongs to another model or kind of context."""
 
 
 class GrammarError(TabAgentModelError, ValueError):

@@ -207,9 +207,13 @@ class Model(Base):
         """
         return Session(self, system, fields)
 
-    def load_session(self, path: str | os.PathLike[str]) -> Session:
-        """A conversation that `Session.save` wrote, with what was computed for it."""
-        return Session._load(self, path)
+    def load_session(self, path: str | os.PathLike[str], recompute: bool = False) -> Session:
+        """A conversation that `Session.save` wrote, with what was computed for it.
+
+        One of a context with another `kv_type` or `flash_attn` is refused, unless `recompute` says
+        that it may be computed again.
+        """
+        return Session._load(self, path, recompute)
 
     def apply_chat_template(
         self,
@@ -424,9 +428,11 @@ class AsyncModel(Base):
         """As `Model.session`; nothing to await here."""
         return AsyncSession(self, system, fields)
 
-    async def load_session(self, path: str | os.PathLike[str]) -> AsyncSession:
+    async def load_session(
+        self, path: str | os.PathLike[str], recompute: bool = False
+    ) -> AsyncSession:
         """As `Model.load_session`."""
-        return await in_executor(lambda: AsyncSession._load(self, path))
+        return await in_executor(lambda: AsyncSession._load(self, path, recompute))
 
     async def apply_chat_template(
         self,
