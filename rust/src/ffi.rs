@@ -8,6 +8,7 @@ use llama_cpp_sys_2::{llama_model, llama_vocab};
 use crate::error::{Error, Result};
 
 /// Of llama.cpp's `llama_decode`, and of the shim when something was thrown.
+pub(crate) const DECODE_EXHAUSTED: c_int = -2;
 pub(crate) const DECODE_REFUSED: c_int = -1;
 pub(crate) const DECODE_NO_ROOM: c_int = 1;
 pub(crate) const DECODE_ABORTED: c_int = 2;

@@ -926,6 +926,27 @@ fn a_step_that_is_refused_again_ends_those_who_ran() {
     assert_eq!(engine.ask(2, &[10], at_most(2)), said([11, 12], Length));
 }
 
+#[test]
+fn a_step_without_memory_is_computed_once_more_without_the_prompt_cache() {
+    let plot: Plot = at_step(8, Trick::Exhaust);
+    let setup = Setup { n_slots: 1, prompt_cache_bytes: 1 << 12, plot, ..Setup::default() };
+    let mut engine = Engine::new(setup);
+    let [first, second]: [Vec<i32>; 2] = [(0..40).collect(), (40..80).collect()];
+    assert_eq!(engine.ask(1, &first, at_most(3)), said([40, 41, 42], Length));
+    assert_eq!(engine.ask(2, &second, at_most(9)), said(80..89, Length));
+    assert!(engine.stage.num_batches() > 8);
+    assert_eq!(engine.context.metrics().prompt_cache_bytes, 0);
+}
+
+#[test]
+fn who_ran_when_there_was_no_memory_twice_hears_that() {
+    let plot: Plot = Box::new(|step, _| if step < 2 { Trick::Exhaust } else { Trick::Compute });
+    let mut engine = Engine::new(Setup { plot, ..Setup::default() });
+    let error = Error::exhausted("memory for a step");
+    assert_eq!(engine.ask(1, &[10], greedy()), failed([], &error));
+    assert_eq!(engine.ask(2, &[10], at_most(2)), said([11, 12], Length));
+}
+
 /// One runs, one has just come, one waits; then the step with number 2 goes wrong.
 fn trouble_at_step_2(trick: Trick, error: &Error) {
     let setup = Setup { gate: Some(0), plot: at_step(2, trick), ..Setup::default() };
@@ -1226,6 +1247,7 @@ impl Storm {
             5..=12 => Trick::NoRoom,
             13..=40 => Trick::Abort { after: plot_dice.usize(0..=batch.len()) },
             41..=42 => Trick::Refuse,
+            43 => Trick::Exhaust,
             _ => Trick::Compute,
         };
         Setup {

@@ -94,7 +94,7 @@ def serving() -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as home:
         words = Path(home) / "stderr"
         command = [sys.executable, "-m", "tabagent_model", "serve", "--port", "0", "--quiet"]
-        command += ["--n-ctx", "512", "--parallel", "4", "--threads", "1"]
+        command += ["--n-ctx", "512", "--parallel", "4", "--threads", "2"]
         command += ["--queue-size", str(QUEUE_SIZE)]
         environment = {**os.environ, "TABAGENT_HOME": home, "MALLOC_ARENA_MAX": "1"}
         with words.open("wb") as stderr:

@@ -84,6 +84,10 @@ impl PromptCache {
         pinned.for_each(|entry| entry.pin = None);
     }
 
+    pub fn forget_unpinned(&mut self) {
+        self.entries.retain(|entry| entry.pin.is_some());
+    }
+
     pub fn bytes(&self) -> usize {
         self.entries.iter().map(Entry::bytes).sum()
     }

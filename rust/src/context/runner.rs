@@ -85,6 +85,8 @@ pub enum Outcome {
     Aborted,
     /// The batch does not go on where the memory ends, or is broken otherwise; nothing was computed.
     Refused(String),
+    /// There was no memory for the step itself; some of the batch may have been computed.
+    Exhausted,
     Failed(String),
 }
 
@@ -380,6 +382,7 @@ impl LlamaRunner {
             Ok(0) => Outcome::Done,
             Ok(ffi::DECODE_NO_ROOM) => Outcome::NoRoom,
             Ok(ffi::DECODE_ABORTED) => Outcome::Aborted,
+            Ok(ffi::DECODE_EXHAUSTED) => Outcome::Exhausted,
             Ok(ffi::DECODE_REFUSED) => Outcome::Refused(self.misfits(batch)),
             Ok(status) => Outcome::Failed(format!("llama_decode gave {status}")),
             Err(error) => Outcome::Failed(error.to_string()),

@@ -43,7 +43,7 @@ pub struct Scheduler<R: Runner> {
     pub(super) is_crowded: bool,
     pub(super) steps_with_gap: u32,
     num_steps: u64,
-    /// Batches in a row that were refused.
+    /// Batches in a row that were refused, or for which there was no memory.
     refusals: u32,
     panics: bool,
     hangs: bool,
@@ -145,7 +145,8 @@ impl<R: Runner> Scheduler<R> {
         self.shared.begin_step(&self.running_ids_of_a_long_step());
         let outcome = self.runner.run(&self.batch);
         self.shared.end_step();
-        self.refusals = if matches!(outcome, Outcome::Refused(_)) { self.refusals + 1 } else { 0 };
+        let is_refused = matches!(outcome, Outcome::Refused(_) | Outcome::Exhausted);
+        self.refusals = if is_refused { self.refusals + 1 } else { 0 };
         match outcome {
             Outcome::Done => self.advance(),
             Outcome::Aborted if self.runner.can_be_interrupted() => self.resynchronize(),
@@ -153,6 +154,13 @@ impl<R: Runner> Scheduler<R> {
             Outcome::NoRoom => self.make_room(),
             Outcome::Refused(what) if self.refusals == 1 => self.compute_again(&what),
             Outcome::Refused(what) => self.fail_running(&Error::internal(what)),
+            Outcome::Exhausted if self.refusals == 1 => {
+                self.cache.forget_unpinned();
+                self.compute_again(
+                    "there was no memory for a step, and the prompt cache gave its own",
+                );
+            }
+            Outcome::Exhausted => self.fail_running(&Error::exhausted("memory for a step")),
             Outcome::Failed(what) => self.fail_running(&Error::internal(what)),
         }
     }

@@ -56,6 +56,8 @@ pub enum Trick {
     },
     NoRoom,
     Refuse,
+    /// Computes half of the rows, then has no memory for the rest.
+    Exhaust,
     Fail,
     Panic,
 }
@@ -311,6 +313,10 @@ impl Runner for ScriptedRunner {
             }
             Trick::NoRoom => Outcome::NoRoom,
             Trick::Refuse => Outcome::Refused("the script says so".into()),
+            Trick::Exhaust => {
+                self.compute(&batch[..batch.len() / 2]);
+                Outcome::Exhausted
+            }
             Trick::Fail => {
                 self.compute(&batch[..batch.len() / 2]);
                 Outcome::Failed("the script says so".into())
