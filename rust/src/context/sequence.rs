@@ -47,6 +47,8 @@ pub struct Sequence {
     n_ctx: usize,
     sampler: Sampler,
     text: TextStream,
+    /// The bytes of the last token.
+    piece: Vec<u8>,
     news: Event,
     deadline: Option<Instant>,
     start_by: Option<Instant>,
@@ -95,6 +97,7 @@ impl Sequence {
             tokens: prompt,
             n_ctx,
             text: TextStream::new(stops),
+            piece: Vec::new(),
             news: Event { id, ..Event::default() },
             times: Times::new(submitted),
             outbox,
@@ -212,15 +215,15 @@ impl Sequence {
         self.tokens.push(token);
         self.num_generated += 1;
         self.news.tokens.push(token);
-        let mut bytes = Vec::with_capacity(16);
+        self.piece.clear();
         let piece = match self.written.contains(&token) {
-            true => runner.name(token, &mut bytes),
-            false => runner.piece(token, &mut bytes),
+            true => runner.name(token, &mut self.piece),
+            false => runner.piece(token, &mut self.piece),
         };
         if let Err(error) = piece {
             return Some(Ending::Failed(error));
         }
-        let (text, stop) = self.text.push(&bytes);
+        let (text, stop) = self.text.push(&self.piece);
         self.news.text.push_str(&text);
         if stop.is_some() {
             return Some(Ending::Stop(stop));
