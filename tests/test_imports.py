@@ -87,9 +87,12 @@ MAY_IMPORT = {
         *("_base", "_courier", "_options", "_prompt", "_session_file", "errors", "params"),
         *("results", "stream"),
     },
+    "recovery": {  # all but the errors for type checkers only
+        *("_prompt", "errors", "model", "params", "results"),
+    },
     "_base": {
         *("_core", "_courier", "_crowd", "_loading", "_options", "_prompt", "chat", "errors"),
-        *("isolation.remote", "metrics", "params", "results"),
+        *("isolation.remote", "metrics", "params", "recovery", "results"),
     },
     "model": {
         *("_base", "_core", "_courier", "_loading", "_log", "_prompt", "chat", "errors"),

@@ -33,6 +33,9 @@ def lines(prompt):
     if prompt == "abort":
         os.write(2, b"ggml.c:12: GGML_ASSERT(a == b) failed\\n")
         os.abort()
+    if prompt == "CUDA" and ScriptedModel.gpu_layers:
+        os.write(2, b"/ggml/src/ggml-cuda/ggml-cuda.cu:98: CUDA error\\n")
+        os.abort()
     if prompt == "exit":
         os._exit(3)
     if prompt == "stop":

@@ -72,11 +72,12 @@ from .results import (
 from .stream import AsyncChatStream, AsyncTextStream, ChatStream, TextStream
 
 if TYPE_CHECKING:
-    from . import advice, hardware, placement
+    from . import advice, hardware, placement, recovery
     from .advice import recommend
     from .hardware import GpuContext, Machine
     from .placement import estimate
     from .placement._ledger import memory
+    from .recovery import generate_with_fallback, strategy_for
     from .schema import Schema
     from .tool_loop import ToolEvent, ToolResult, ToolRun
     from .tools import Tool
@@ -99,10 +100,13 @@ _LATER = {
     "ToolRun": "tool_loop",
     "advice": "advice",
     "estimate": "placement",
+    "generate_with_fallback": "recovery",
     "hardware": "hardware",
     "memory": "placement._ledger",
     "placement": "placement",
     "recommend": "advice",
+    "recovery": "recovery",
+    "strategy_for": "recovery",
 }
 
 
@@ -190,6 +194,7 @@ __all__ = [
     "__version__",
     "advice",
     "estimate",
+    "generate_with_fallback",
     "get_cpu_variant",
     "get_optimal_binary",
     "hardware",
@@ -197,4 +202,6 @@ __all__ = [
     "memory",
     "placement",
     "recommend",
+    "recovery",
+    "strategy_for",
 ]

@@ -68,7 +68,8 @@ def times_of(work: Work) -> Times | None:
     """
     with _measuring:
         if work not in _known:
-            _known[work] = measured().get(work) or (_measure(work) if _may_measure() else None)
+            may_measure = _may_measure()  # a wrong setting is told also where nothing depends on it
+            _known[work] = measured().get(work) or (_measure(work) if may_measure else None)
         return _known[work]
 
 

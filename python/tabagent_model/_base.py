@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from weakref import WeakSet
 from . import _core
 from ._courier import ChatPrompt, Context, Courier, Request, request_ids
 from ._crowd import Crowd
-from ._loading import placement_of
+from ._loading import OnProgress, open_model, placement_of
 from ._options import ChatOptions
 from ._prompt import (
     Message,
@@ -36,6 +37,7 @@ from .params import (
     PromptFields,
     checked_whole,
 )
+from .recovery import FallbackToCpu, ReinitializeGpu, is_resource_exhaustion, strategy_for
 from .results import ChatCompletion, Completion, Source
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class Base:
     ) -> None:
         self._config = config or ModelConfig()
         self._sessions: WeakSet[_Session] = WeakSet()
+        self._falling_back = threading.Lock()
         self._adopt(context, native_model)
 
     @property
@@ -284,6 +287,38 @@ class Base:
             for params in all_params
         ]
         return Crowd(self._open_courier, requests, self._source)
+
+    def _load_again(self, changes: ModelFields, on_progress: OnProgress | None = None) -> None:
+        config = self._changed(changes)
+        self._close()
+        try:
+            self._adopt(*open_model(config, on_progress))
+            self._config = config
+        except Exception:
+            self._adopt(*open_model(self._config, None))
+            raise
+
+    def _fall_back(self, error: Exception, tried: Context | None) -> bool:
+        """Load on the CPU what failed on a GPU; whether to ask again. `tried` has failed.
+
+        Of those who fail together one loads. The others wait for it, and were perhaps in the middle
+        of an answer that the load has ended.
+        """
+        is_of_gpu = isinstance(strategy_for(error), (FallbackToCpu, ReinitializeGpu))
+        if not (is_of_gpu or isinstance(error, ModelNotLoadedError)):
+            return False
+        with self._falling_back:
+            if self._context is not tried:
+                return True
+            if not (is_of_gpu and self._source.gpu_utilized):
+                return False
+            import logging  # not needed by most
+
+            what = "GPU OOM" if is_resource_exhaustion(error) else "GPU error"
+            log = logging.getLogger("tabagent_model")
+            log.warning("%s, falling back to CPU: %s", what, error)
+            self._load_again({"device": "cpu", "gpu_layers": 0})
+            return True
 
     def _changed(self, changes: ModelFields) -> ModelConfig:
         """The config for a reload; a bad file is refused while the old model still serves."""

@@ -130,6 +130,28 @@ class Model(Base):
         answer = TextStream(self._open_courier, request, self._source, self)
         return answer.submit() if stream else answer.collect(on_token)
 
+    def generate_with_fallback(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Completion:
+        """Answer a prompt, on the CPU if the memory of the GPU runs out or the GPU is lost.
+
+        The model is loaded on the CPU then, with a warning in the log, and stays there. Others who
+        use it hear ModelNotLoadedError until it is back, unless they ask in this way, too. Where
+        it is on the CPU already, and of any other kind, an error is raised as it is.
+        """
+        tried = self._context
+        try:
+            request = self._request(prompt, config, fields)
+            return TextStream(self._open_courier, request, self._source, self).collect()
+        except Exception as error:
+            if not self._fall_back(error, tried):
+                raise
+        request = self._request(prompt, config, fields)
+        return TextStream(self._open_courier, request, self._source, self).collect()
+
     def stream(
         self,
         prompt: Prompt,
@@ -273,14 +295,7 @@ class Model(Base):
         self, *, on_progress: OnProgress | None = None, **changes: Unpack[ModelFields]
     ) -> None:
         """Load again with a changed config; if that fails, the old one is loaded again."""
-        config = self._changed(changes)
-        self.unload()
-        try:
-            self._adopt(*open_model(config, on_progress))
-            self._config = config
-        except Exception:
-            self._adopt(*open_model(self._config, None))
-            raise
+        self._load_again(changes, on_progress)
 
     def __enter__(self) -> Self:
         return self
@@ -365,6 +380,23 @@ class AsyncModel(Base):
             return await crowd.collect_async()
         answer = self.stream(cast("Prompt", prompt), config, **fields)
         return answer if stream else await answer.collect(on_token)
+
+    async def generate_with_fallback(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        **fields: Unpack[GenerationFields],
+    ) -> Completion:
+        """As `Model.generate_with_fallback`. A load that has begun is waited for by who is
+        cancelled: others need it."""
+        tried = self._context
+        try:
+            return await self.stream(prompt, config, **fields).collect()
+        except Exception as error:
+            wrong = error  # Python forgets `error` where the block ends
+            if not await in_executor(lambda: self._fall_back(wrong, tried)):
+                raise
+        return await self.stream(prompt, config, **fields).collect()
 
     def stream(
         self,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from re import DOTALL, findall, sub
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -214,8 +215,9 @@ class ScriptedContext:
 
     def close(self) -> None:
         with self._changed:
+            unloaded = ModelNotLoadedError("the model was unloaded", hint="load it again")
             for sequence in self._waiting + self._running:
-                self._events.append(sequence.last("cancelled"))
+                self._events.append(sequence.last("error", error=copy(unloaded)))
             self._waiting, self._running = [], []
             self._is_closed = True
             self._changed.notify_all()

@@ -19,6 +19,9 @@ from tabagent_model import (
     OutOfMemoryError,
     QueueFullError,
     WorkerCrashedError,
+    generate_with_fallback,
+    recovery,
+    strategy_for,
 )
 from tabagent_model.isolation import remote, respawn, verdicts
 from workers import ANSWER, children, is_alive, pid_of, until
@@ -82,6 +85,30 @@ def test_the_third_death_within_a_minute_is_a_quarantine_until_a_probe_goes_well
         assert again.generate("Count").text == ANSWER
     with Model.load(model.config):
         pass
+
+
+# The scripted engine has layers on a GPU unless it is told not to.
+HAS_A_GPU = "ScriptedModel.gpu_layers = 0 if config.device == 'cpu' else 5"
+
+
+def test_a_worker_that_a_gpu_ended_is_replaced_by_one_on_the_cpu_where_that_is_asked_for(
+    scripted: Callable[[str], None], caplog: pytest.LogCaptureFixture
+):
+    scripted(HAS_A_GPU)
+    with Model.load(isolation="process") as model:
+        with pytest.raises(WorkerCrashedError) as caught:
+            model.generate("CUDA")
+        assert strategy_for(caught.value) == recovery.ReinitializeGpu()
+        others = [model.stream("forever", max_tokens=-1) for _ in range(2)]
+        assert generate_with_fallback(model, "CUDA").text == ANSWER
+        assert "GPU error, falling back to CPU" in caplog.text
+        assert (model.config.device, model.info()["gpu_layers"]) == ("cpu", 0)
+        for stream in others:
+            with pytest.raises((WorkerCrashedError, ModelNotLoadedError)):
+                stream.collect()
+        with pytest.raises(WorkerCrashedError):  # of which a GPU is innocent
+            generate_with_fallback(model, "SIGSEGV")
+        assert model.generate("Count").text == ANSWER
 
 
 def test_a_death_in_a_load_is_an_error_and_the_third_a_quarantine(scripted: Callable[[str], None]):

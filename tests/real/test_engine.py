@@ -75,6 +75,23 @@ def test_without_a_prompt_cache_nothing_is_kept():
         assert (model.metrics()["prompt_cache_bytes"], answer.usage.cached_tokens < 5) == (0, True)
 
 
+@pytest.mark.parametrize("max_parallel", [1, 4])
+def test_r10_many_long_prompts_stay_within_the_bytes_of_the_prompt_cache(
+    cold: dict[str, str], max_parallel: int
+):
+    fields: Any = {"n_ctx": 256, "max_parallel": max_parallel, "n_threads": 1}
+    with Model.load(**fields, prompt_cache_mb=1) as model:
+        held = []
+        for number in range(0, 300, 10):
+            group = range(number, number + 10)
+            prompts = [[5 + each % 90, 7 + each // 90, *[9] * 180] for each in group]
+            model.generate(prompts, max_tokens=1, temperature=0)
+            held.append(model.metrics()["prompt_cache_bytes"])
+        assert 2**19 < held[-1] <= max(held) <= 2**20
+        for story in STORIES:
+            assert model.generate(story, **GREEDY).text == cold[story]
+
+
 def test_a_pinned_beginning_is_found_by_everyone_until_it_is_released():
     # A megabyte is enough for a few stories only.
     with Model.load(n_ctx=256, max_parallel=1, n_threads=1, prompt_cache_mb=1) as model:

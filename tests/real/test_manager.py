@@ -301,6 +301,50 @@ def test_a_swap_that_fails_late_leaves_the_old_model_or_brings_it_back(
         assert chat.generate(PROMPT, **GREEDY).text
 
 
+@pytest.mark.parametrize("is_linked", [False, True], ids=["one path", "a link to it"])
+def test_c11_of_one_file_under_two_names_one_goes_and_the_other_serves_on(
+    tmp_path: Path, alone: dict[str, str], is_linked: bool
+):
+    path = FILES["chat"]
+    if is_linked:
+        path = tmp_path / "linked.gguf"
+        path.symlink_to(FILES["chat"])
+    with ModelManager() as models:
+        models.register_model("one", FILES["chat"], **FIELDS)
+        models.register_model("two", path, **FIELDS)
+        one, two = models.load_model("one"), models.load_model("two")
+        whole = two.generate(PROMPT, **{**LONG, "max_tokens": 64}).text
+        with two.stream(PROMPT, **{**LONG, "max_tokens": 64}) as pieces:
+            first = next(pieces)
+            models.unload_model("one")
+            assert first + "".join(pieces) == whole
+        with pytest.raises(ModelNotLoadedError):
+            one.generate(PROMPT)
+        assert two.generate(PROMPT, **GREEDY).text == alone["chat"]
+        assert states(models) == {"one": "unloaded", "two": "loaded"}
+        assert models.load_model("one").generate(PROMPT, **GREEDY).text == alone["chat"]
+
+
+async def test_available_is_what_is_loaded_or_has_a_sound_file(tmp_path: Path):
+    gone, damaged = tmp_path / "gone.gguf", tmp_path / "damaged.gguf"
+    gone.write_bytes(FILES["draft"].read_bytes())
+    damaged.write_bytes(FILES["draft"].read_bytes()[:5000])
+    with ModelManager() as models:
+        for name, path in {**FILES, "gone": gone, "damaged": damaged, "no": tmp_path / "n"}.items():
+            models.register_model(name, path, n_ctx=256)
+        models.load_model("gone")
+        gone.unlink()
+        listed = models.list_models()
+        assert models.list_available_models() == [listed[0], listed[1], listed[2]]
+        models.unload_model("gone")
+        available = models.list_available_models()
+        assert {each.name: each.state for each in available} == dict.fromkeys(FILES, "unloaded")
+    async with AsyncModelManager() as twins:
+        assert await twins.list_available_models() == []
+        twins.register_model("chat")
+        assert await twins.list_available_models() == twins.list_models()
+
+
 def test_a_budget_in_bytes_is_kept():
     with ModelManager(max_bytes=44 << 20) as models:
         models.register_model("chat", FILES["chat"], n_ctx=512, max_parallel=1)

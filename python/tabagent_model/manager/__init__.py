@@ -24,8 +24,9 @@ from ..errors import (
     ModelNotFoundError,
     ModelNotLoadedError,
     QueueTimeoutError,
+    TabAgentModelError,
 )
-from ..model import AsyncModel, Model, _config_of
+from ..model import AsyncModel, Model, _config_of, inspect
 from ..params import ModelConfig, ModelFields, Priority, checked_whole
 from ..stream import in_executor
 from ._keeper import Keeper, M, ManagedModel, ModelUsage, OnEvent, Teller
@@ -159,6 +160,9 @@ class _Manager(Generic[M]):
     def list_models(self) -> list[ManagedModel]:
         """What is registered, and how it is."""
         return self._keeper.described()
+
+    def _available(self) -> list[ManagedModel]:
+        return [each for each in self.list_models() if _can_be_loaded(each)]
 
     def usage(self, name: str | None = None) -> ModelUsage:
         """What a model has done so far."""
@@ -307,6 +311,13 @@ class ModelManager(_Manager[Model], metaclass=_OnePerProcess):
         finally:
             self._keeper.leave(ticket)
 
+    def list_available_models(self) -> list[ManagedModel]:
+        """Of what is registered, all that is loaded or could be: its file is there and sound.
+
+        Each file is looked at. Whether there is room is another matter; others may leave for it.
+        """
+        return self._available()
+
     def close(self) -> None:
         """Unload everything, whoever uses it. A second call does nothing."""
         self._keeper.close()
@@ -419,6 +430,10 @@ class AsyncModelManager(_Manager[AsyncModel], metaclass=_OnePerProcess):
         finally:
             self._keeper.leave(ticket)
 
+    async def list_available_models(self) -> list[ManagedModel]:
+        """As `ModelManager.list_available_models`."""
+        return await in_executor(self._available)
+
     async def close(self) -> None:
         """As `ModelManager.close`."""
         self._keeper.close()
@@ -498,6 +513,16 @@ def _checked_timeout(timeout_s: float | None) -> float | None:
 def _late(ticket: Ticket, timeout_s: float | None) -> QueueTimeoutError:
     what = "unloaded" if ticket.wish == "unload" else "had"
     return QueueTimeoutError(f"`{ticket.model}` could not be {what} within {timeout_s} s")
+
+
+def _can_be_loaded(model: ManagedModel) -> bool:
+    if model.state != "unloaded":
+        return True
+    try:
+        inspect(model.path)
+    except TabAgentModelError:
+        return False
+    return True
 
 
 def _task() -> object:
