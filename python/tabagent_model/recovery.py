@@ -155,10 +155,8 @@ _GPU = re.compile(
     r"|cudaMalloc|\bvk::|kIOGPU|DeviceLost|OutOfDeviceMemory",
     re.IGNORECASE,
 )
-# -2 is what llama_decode gives where a buffer cannot be allocated.
 _NO_MEMORY = re.compile(
-    r"out of memory|OutOf(Device|Host)?Memory|failed to allocate|llama_decode gave -2\b",
-    re.IGNORECASE,
+    r"out of memory|OutOf(Device|Host)?Memory|failed to allocate", re.IGNORECASE
 )
 
 

@@ -38,6 +38,9 @@ pub enum Error {
     #[error("the system refuses {what}")]
     Exhausted { what: String },
 
+    #[error("there is no memory for a step on the {device}")]
+    StepMemory { device: &'static str },
+
     #[error("llama.cpp could not create a context of {n_ctx} tokens: {reason}")]
     ContextCreation { n_ctx: u32, reason: String },
 
@@ -105,7 +108,9 @@ impl Error {
                 Some("give the path of a `.gguf` file, downloaded in full".into())
             }
             Error::ModelCorrupted { .. } => Some("download or convert the file again".into()),
-            Error::OutOfMemory { .. } => Some("lower `n_ctx` or `max_parallel`".into()),
+            Error::OutOfMemory { .. } | Error::StepMemory { .. } => {
+                Some("lower `n_ctx` or `max_parallel`".into())
+            }
             Error::Exhausted { .. } => {
                 Some("close what is not needed, or raise the limit that `ulimit -a` shows".into())
             }

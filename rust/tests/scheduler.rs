@@ -942,7 +942,7 @@ fn a_step_without_memory_is_computed_once_more_without_the_prompt_cache() {
 fn who_ran_when_there_was_no_memory_twice_hears_that() {
     let plot: Plot = Box::new(|step, _| if step < 2 { Trick::Exhaust } else { Trick::Compute });
     let mut engine = Engine::new(Setup { plot, ..Setup::default() });
-    let error = Error::exhausted("memory for a step");
+    let error = Error::StepMemory { device: "cpu" };
     assert_eq!(engine.ask(1, &[10], greedy()), failed([], &error));
     assert_eq!(engine.ask(2, &[10], at_most(2)), said([11, 12], Length));
 }

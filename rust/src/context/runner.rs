@@ -18,6 +18,10 @@ use crate::model::Model;
 /// Runs batches. The scheduler owns one and calls it from its own thread only.
 pub trait Runner {
     fn limits(&self) -> Limits;
+    /// What most is computed on.
+    fn device(&self) -> &'static str {
+        "cpu"
+    }
     /// Called once, on the thread that everything else is called on.
     fn begin(&mut self) {}
     fn run(&mut self, batch: &[Row]) -> Outcome;
@@ -411,6 +415,10 @@ impl LlamaRunner {
 impl Runner for LlamaRunner {
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    fn device(&self) -> &'static str {
+        if self.model.gpu_layers() > 0 { "gpu" } else { "cpu" }
     }
 
     fn begin(&mut self) {

@@ -160,7 +160,10 @@ impl<R: Runner> Scheduler<R> {
                     "there was no memory for a step, and the prompt cache gave its own",
                 );
             }
-            Outcome::Exhausted => self.fail_running(&Error::exhausted("memory for a step")),
+            Outcome::Exhausted => {
+                let device = self.runner.device();
+                self.fail_running(&Error::StepMemory { device });
+            }
             Outcome::Failed(what) => self.fail_running(&Error::internal(what)),
         }
     }

@@ -27,6 +27,10 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
             "OutOfMemoryError"
         }
         Error::Exhausted { .. } => "OutOfMemoryError",
+        Error::StepMemory { device } => {
+            facts.set_item("device", device)?;
+            "OutOfMemoryError"
+        }
         Error::ContextCreation { .. } => "ContextTooSmallError",
         Error::InvalidRequest { name, .. } => {
             facts.set_item("name", name)?;
