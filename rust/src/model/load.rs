@@ -30,13 +30,13 @@ pub(super) fn load(
     start::backend()?;
     let inspect = if config.vocab_only { gguf::inspect_vocabulary } else { gguf::inspect };
     let description = inspected.map_or_else(|| inspect(&config.path), Ok)?;
+    let gpu_layers = gpu_layers(&mut config, &description);
     if config.mlock || !config.mmap {
-        check_memory(&description)?;
+        check_memory(&description, gpu_layers)?;
     }
 
     let begun = Instant::now();
     let (percent, stopped) = (Cell::new(0), Cell::new(false));
-    let gpu_layers = gpu_layers(&mut config, &description);
     let mut hear = |fraction: f32| {
         percent.set((fraction * 100.0) as u32);
         stopped.set(true); // also by a panic
@@ -170,9 +170,11 @@ fn gpu_layers(config: &mut ModelConfig, description: &gguf::Description) -> u32 
     u32::try_from(config.gpu_layers).map_or(all, |layers| layers.min(all))
 }
 
-/// Weights that are not mapped, or are locked, must fit into memory as they are.
-fn check_memory(description: &gguf::Description) -> Result<()> {
-    let needed = description.size_bytes;
+/// Weights that are not mapped, or are locked, must fit into memory as they are: those of the layers that
+/// stay there, all of which count the same here.
+fn check_memory(description: &gguf::Description, gpu_layers: u32) -> Result<()> {
+    let all = u64::from(description.n_layers) + 1;
+    let needed = description.size_bytes - description.size_bytes / all * u64::from(gpu_layers);
     match memory::available_bytes() {
         Some(free) if free < needed => {
             let what = format!("`{}`", description.path.display());
