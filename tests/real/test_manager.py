@@ -44,7 +44,7 @@ from tabagent_model.params import BUNDLED_MODEL
 pytestmark = pytest.mark.model
 
 # How often two models are swapped; the long checks raise it to 200.
-ROUNDS = int(os.environ.get("TABAGENT_SWAP_ROUNDS", "30"))
+ROUNDS = int(os.environ.get("TABAGENT_SWAP_ROUNDS", "100"))
 
 FILES = {"chat": BUNDLED_MODEL, "draft": BUNDLED_MODEL.with_name("tiny-draft.gguf")}
 FIELDS: Any = {"n_ctx": 512, "max_parallel": 4}
@@ -303,9 +303,10 @@ def test_a_swap_that_fails_late_leaves_the_old_model_or_brings_it_back(
 
 def test_a_budget_in_bytes_is_kept():
     with ModelManager(max_bytes=44 << 20) as models:
-        models.register_model("chat", FILES["chat"], n_ctx=512, max_parallel=1)
-        models.register_model("draft", FILES["draft"], n_ctx=512, max_parallel=1)
-        models.register_model("wide", FILES["draft"], n_ctx=512, max_parallel=16)
+        on_cpu: Any = {"n_ctx": 512, "max_parallel": 1, "device": "cpu"}
+        models.register_model("chat", FILES["chat"], **on_cpu)
+        models.register_model("draft", FILES["draft"], **on_cpu)
+        models.register_model("wide", FILES["draft"], **{**on_cpu, "max_parallel": 16})
         models.load_model("chat")
         models.load_model("draft")
         assert 30 << 20 < sum(each.needs_bytes for each in models.list_models()) < 44 << 20
@@ -318,7 +319,8 @@ def test_a_budget_in_bytes_is_kept():
 @pytest.mark.usefixtures("empty_ledger")
 @pytest.mark.parametrize("isolation", ["none", "process"])
 def test_what_a_model_takes_is_estimated_and_then_what_the_ledger_says(isolation: Any):
-    config = ModelConfig(n_ctx=512, max_parallel=2, kv_type="f16", isolation=isolation)
+    fields: Any = {"n_ctx": 512, "max_parallel": 2, "kv_type": "f16", "device": "cpu"}
+    config = ModelConfig(isolation=isolation, **fields)
     with ModelManager(max_bytes={"cpu": 1 << 30}) as models:
         models.register_model("chat", config)
         ticket = models._ticket("load", "chat", None)
@@ -548,7 +550,7 @@ def there_and_back():
 NAMES = "chat", "draft"
 with ModelManager(max_loaded=1) as models:
     for name, path in zip(NAMES, sys.argv[2:]):
-        models.register_model(name, path, n_ctx=512, max_parallel=4)
+        models.register_model(name, path, n_ctx=512, max_parallel=4, device="cpu")
     models.load_model("draft")
     warm_up = [there_and_back() for _ in range(10)]
     before = others()
@@ -577,7 +579,8 @@ def test_swapping_there_and_back_leaves_no_memory_behind():
         low, high = min(after), max(after)
         print(f"{name}: {baseline:.1f} MiB, then {low:.1f} to {high:.1f}, {slope:.4f} a swap")
         assert max(abs(value - baseline) for value in after) <= 100
-        assert abs(slope) < 0.05, "MiB per swap"
+        # malloc keeps up to 4 MiB from one swap to another, or does not: a slope in a short run.
+        assert abs(slope) < max(0.05, 6 / ROUNDS), "MiB per swap"
     assert found["loads"] == [10 + ROUNDS // 2, 11 + ROUNDS // 2], "each swap is a load"
     assert found["same"], "file descriptors or threads were left behind"
 
