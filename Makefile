@@ -47,7 +47,7 @@ bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m benches
 
 # 100,000 requests of eight users, half an hour over HTTP, and 200 swaps; `make test` has 500, six
-# seconds and 30 of them.
+# seconds and 100 of them.
 soak: $(VENV)/installed-for-tests
 	$(BIN)/python -m tests.soak
 	$(BIN)/python -m tests.soak --http --minutes 30 --users 16

@@ -17,7 +17,7 @@ import pytest
 import machines
 import tabagent_model
 from tabagent_model import _core, hardware
-from tabagent_model.hardware import Gpu, GpuContext, GpuProcess, Machine
+from tabagent_model.hardware import Gpu, GpuContext, GpuInstance, GpuProcess, Machine
 
 VARIANTS = {
     *(f"bitnet-amd-zen{n}" for n in range(1, 6)),
@@ -221,6 +221,131 @@ def test_a_gpu_that_nvml_does_not_know_is_there_all_the_same():
     no_nvml = {"gpus": [], "driver": None, "reason": "no NVML: not found"}
     (gpu,) = hardware.joined(no_nvml, [{**vulkan, "total": None, "free": None}])
     assert gpu == Gpu(name="Radeon", device="Vulkan0")
+
+
+# A machine with an A100 that is cut into parts, as NVML tells of it, and its second card.
+PARTS = [
+    {"uuid": "MIG-1", "total": 9728 << 20, "free": 9715 << 20, "used": 13 << 20},
+    {"uuid": "MIG-2", "total": 19968 << 20, "free": 19930 << 20, "used": 38 << 20},
+]
+CUT = card(
+    0,
+    "NVIDIA A100-SXM4-80GB",
+    "0000:07:00.0",
+    81920 << 20,
+    1000 << 20,
+    compute_capability=(8, 0),
+    instances=PARTS,
+)
+T4S = [
+    card(number, "Tesla T4", place, 15 << 30, number * (400 << 20))
+    | {"compute_capability": (7, 5), "uuid": f"GPU-{number}"}
+    for number, place in enumerate(("0000:00:1e.0", "0000:00:1f.0", "0000:00:20.0"))
+]
+
+
+def told_by_nvml(*cards: dict[str, Any]) -> dict[str, Any]:
+    return {"driver": "580.65", "reason": None, "gpus": list(cards)}
+
+
+def device(name: str, description: str, pci_id: str | None, total: int) -> dict[str, Any]:
+    """As `_core.list_devices` tells of one."""
+    sizes = {"total": total, "free": total - (64 << 20)}
+    return {"name": name, "description": description, "pci_id": pci_id, "is_gpu": True} | sizes
+
+
+def test_a_part_of_a_card_has_its_own_memory_and_the_identity_of_the_card():
+    total = PARTS[0]["total"]
+    found = device("CUDA0", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "0000:07:00.0", total)
+    (gpu,) = hardware.joined(told_by_nvml(CUT), [found])
+    assert gpu == Gpu(
+        name="NVIDIA A100-SXM4-80GB",
+        device="CUDA0",
+        index=0,
+        uuid="GPU-NVIDIA A100-SXM4-80GB",
+        pci_id="0000:07:00.0",
+        total=total,
+        free=total - (64 << 20),
+        used=64 << 20,
+        compute_capability=(8, 0),
+        driver="580.65",
+        instances=tuple(GpuInstance(**part) for part in PARTS),
+    )
+    machine = Machine(gpus=(gpu,))
+    assert Machine.from_dict(json.loads(json.dumps(machine.to_dict()))) == machine
+
+
+def test_two_parts_of_a_card_are_two_devices_and_the_card_is_no_third():
+    places = [("CUDA0", PARTS[1]["total"]), ("CUDA1", PARTS[0]["total"])]
+    found = [device(name, "A100", "0000:07:00.0", total) for name, total in places]
+    gpus = hardware.joined(told_by_nvml(CUT), found)
+    assert [(gpu.device, gpu.total, gpu.uuid) for gpu in gpus] == [
+        ("CUDA0", PARTS[1]["total"], CUT["uuid"]),
+        ("CUDA1", PARTS[0]["total"], CUT["uuid"]),
+    ]
+
+
+def test_devices_that_share_a_card_are_on_its_place():
+    """`GGML_CUDA_DEVICES=2` on a machine with one card."""
+    found = [device(f"CUDA{n}", "T4", f"0000:00:1e.0-v{n}", 7 << 30) for n in (0, 1)]
+    gpus = hardware.joined(told_by_nvml(T4S[0]), found)
+    assert [(gpu.device, gpu.index) for gpu in gpus] == [("CUDA0", 0), ("CUDA1", 0)]
+
+
+def test_a_device_without_a_place_is_the_only_card_of_its_name_and_size():
+    total = 80 << 30
+    for name in ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB", "nvidia A100-SXM4-80GB MIG 7g.80gb"):
+        found = [device("Vulkan0", name, None, total), device("Vulkan1", "Radeon", None, total)]
+        a100, radeon, t4 = hardware.joined(told_by_nvml(T4S[0], CUT), found)
+        assert (a100.device, a100.uuid, a100.is_unmatched) == ("Vulkan0", CUT["uuid"], False)
+        assert (radeon.device, radeon.uuid, radeon.is_unmatched) == ("Vulkan1", None, False)
+        assert (t4.device, t4.uuid) == (None, "GPU-0")
+
+
+def test_of_two_cards_of_one_name_the_size_tells():
+    small = {**T4S[1], "total": 8 << 30}
+    (gpu, other) = hardware.joined(
+        told_by_nvml(small, T4S[0]), [device("Vulkan0", "Tesla T4", None, 15 << 30)]
+    )
+    assert (gpu.device, gpu.uuid, gpu.is_unmatched) == ("Vulkan0", "GPU-0", False)
+    assert (other.device, other.uuid, other.is_unmatched) == (None, "GPU-1", False)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3])
+def test_cards_that_are_alike_are_each_listed_once_and_as_unmatched(num_devices: int):
+    found = [device(f"Vulkan{n}", "Tesla T4", None, 15 << 30) for n in range(num_devices)]
+    gpus = hardware.joined(told_by_nvml(*T4S), found)
+    usable = [f"Vulkan{n}" for n in range(num_devices)]
+    assert [gpu.device for gpu in gpus] == usable + [None] * (3 - num_devices)
+    for gpu in gpus:
+        told = {"compute_capability": (7, 5), "driver": "580.65", "is_unmatched": True}
+        sizes = {"total": 15 << 30, "free": (15 << 30) - (64 << 20), "used": 64 << 20}
+        if gpu.device is None:
+            sizes = {"total": 15 << 30}
+        assert gpu == Gpu(name="Tesla T4", device=gpu.device, **told, **sizes)
+
+
+def test_more_devices_than_cards_of_a_name_are_not_that_card_each():
+    found = [device(f"Vulkan{n}", "Tesla T4", None, 15 << 30) for n in (0, 1)]
+    gpus = hardware.joined(told_by_nvml(T4S[0]), found)
+    assert [(g.device, g.uuid, g.is_unmatched) for g in gpus] == [
+        ("Vulkan0", None, True),
+        ("Vulkan1", None, True),
+    ]
+
+
+def test_a_card_that_is_placed_is_not_taken_for_one_that_is_not():
+    found = [
+        device("Vulkan0", "Tesla T4", "0000:00:1F.0", 15 << 30),
+        device("Vulkan1", "Tesla T4", "0000:00:99.0", 15 << 30),
+        device("Vulkan2", "Tesla T4", None, 15 << 30),
+    ]
+    gpus = hardware.joined(told_by_nvml(*T4S[:2]), found)
+    assert [(g.device, g.uuid, g.is_unmatched) for g in gpus] == [
+        ("Vulkan0", "GPU-1", False),
+        ("Vulkan1", None, False),
+        ("Vulkan2", "GPU-0", False),
+    ]
 
 
 def test_the_vram_of_a_card_that_is_not_there_is_unknown_and_not_0():

@@ -27,8 +27,8 @@ def lines(prompt):
     if "think" in (prompt if type(prompt) is str else context.detokenize(prompt)):
         yield "<think>Hm</think>"
     yield "One"
-    if prompt == "SIGSEGV":
-        os.kill(os.getpid(), signal.SIGSEGV)
+    if prompt in ("SIGSEGV", "SIGKILL"):
+        os.kill(os.getpid(), signal.Signals[prompt])
         time.sleep(60)  # another thread may have to hear it first
     if prompt == "abort":
         os.write(2, b"ggml.c:12: GGML_ASSERT(a == b) failed\\n")

@@ -116,6 +116,8 @@ def gpu_line(gpu: Gpu) -> str:
         told.append("SM {}.{}".format(*gpu.compute_capability))
     if gpu.driver is not None:
         told.append(f"driver {gpu.driver}")
+    if gpu.is_unmatched:
+        told.append("unmatched: others are like it")
     told.append(f"llama.cpp's {gpu.device}" if gpu.device else "llama.cpp cannot use it")
     return ", ".join(told)
 

@@ -100,6 +100,16 @@ def machine() -> str:
     return f"{cpu['brand']} {kind}|{built}"
 
 
+def what_computes() -> str:
+    """The CPU module and the GPU backend, as far as settings, files and the driver tell of them:
+    llama.cpp need not run here, and what a worker computes with is chosen there."""
+    from . import backends
+
+    module = os.environ.get("TABAGENT_CPU_VARIANT") or "auto"
+    unfit = "".join(f", not {name}" for name in sorted(dead_modules()))
+    return "|".join((f"module {module}{unfit}", *backends.traces()))
+
+
 def check_folder() -> None:
     """An ImportError at once where the package's libraries are missing, not at the first load."""
     if not any(LIBRARIES.glob("*ggml-cpu*")):

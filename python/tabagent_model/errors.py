@@ -206,10 +206,15 @@ class WorkerCrashedError(TabAgentModelError):
     """What it wrote last: the words of an abort, or the last line of llama.cpp's log."""
     request_ids: tuple[int, ...]
     """Of all requests that were under way."""
+    was_hanging: bool = False
+    """It was still there, without a sign of life or of sense, and was killed for that by us."""
 
 
 class ModelQuarantinedError(TabAgentModelError):
     """This file crashes its worker process with this configuration, and is not tried again."""
+
+    retry_after_s: float | None = None
+    """When it may be tried again all the same; None: not before a probe has gone well."""
 
 
 class ProtocolError(TabAgentModelError):

@@ -101,6 +101,9 @@ class Gpu:
     """Percent of the last second or so in which something ran."""
     processes: tuple[GpuProcess, ...] = ()
     instances: tuple[GpuInstance, ...] = ()
+    is_unmatched: bool = False
+    """Several cards are alike, and nobody tells which of NVML's is which of llama.cpp's: what
+    differs between them is None here."""
 
 
 @dataclass(frozen=True)
@@ -176,17 +179,35 @@ def vram_used_mb(index: int = 0) -> float | None:
 
 
 def joined(nvml: Mapping[str, Any], devices: list[dict[str, Any]]) -> tuple[Gpu, ...]:
-    """NVML's GPUs and llama.cpp's, as one list: they are the same where they are on the same place
-    of the bus, whatever their numbers say under `CUDA_VISIBLE_DEVICES`."""
-    cards = {card["pci_id"]: card for card in nvml["gpus"] if card["pci_id"]}
-    gpus, seen = [], set()
-    for device in devices:
-        place = device["pci_id"]
-        card = cards.get(place.lower()) if place else None
-        seen.add(id(card))
-        gpus.append(_joined(card, device, nvml["driver"]))
-    others = [card for card in nvml["gpus"] if id(card) not in seen]
-    return (*gpus, *(_joined(card, None, nvml["driver"]) for card in others))
+    """NVML's GPUs and llama.cpp's, as one list in which no card stands twice.
+
+    They are the same where they are on the same place of the bus, whatever their numbers say under
+    `CUDA_VISIBLE_DEVICES`. Several devices may be on one place: parts of a card (MIG). Where
+    llama.cpp tells no place, as with Vulkan drivers without `VK_EXT_pci_bus_info`, name and size
+    have to do: it never tells a UUID, and the order says nothing, since NVML counts along the bus
+    and CUDA begins with the fastest card. So of cards that are alike, each entry has what is true
+    of all of them, and `is_unmatched` says so.
+    """
+    cards, driver = nvml["gpus"], nvml["driver"]
+    by_place = {card["pci_id"]: card for card in cards if card["pci_id"]}
+    placed = [by_place.get(_place_of(device)) for device in devices]
+    left = [card for card in cards if card not in placed]
+    stray = [device for device, card in zip(devices, placed, strict=True) if card is None]
+    gpus = []
+    for device, card in zip(devices, placed, strict=True):
+        alike = [each for each in left if card is None and _may_be(each, device)]
+        rivals = [other for other in stray if any(_may_be(each, other) for each in alike)]
+        is_unmatched = len(alike) > 1 or len(rivals) > 1
+        found = _in_common(alike) if is_unmatched else next(iter(alike), card)
+        gpus.append(_joined(found, device, driver, is_unmatched))
+    for card in left:
+        rivals = [device for device in stray if _may_be(card, device)]
+        alike = [each for each in left if any(_may_be(each, device) for device in rivals)]
+        if not rivals:
+            gpus.append(_joined(card, None, driver))
+        elif alike.index(card) >= len(rivals):  # the others are those devices, in whatever order
+            gpus.append(_joined(_in_common(alike), None, driver, is_unmatched=True))
+    return tuple(gpus)
 
 
 def why_no_gpu(gpus: tuple[Gpu, ...], nvml: str | None, backends: Sequence[Backend]) -> str | None:
@@ -296,8 +317,42 @@ def _layouts() -> tuple[dict[str, float], bool]:
     return _native.core.weight_layouts()
 
 
+def _place_of(device: Mapping[str, Any]) -> str | None:
+    """On the bus, as NVML's cards have it. With `GGML_CUDA_DEVICES` several devices share a card,
+    and llama.cpp writes `-v` and a number behind the place of each."""
+    place: str | None = device["pci_id"]
+    return place and place.lower().partition("-v")[0]
+
+
+def _may_be(card: Mapping[str, Any], device: Mapping[str, Any]) -> bool:
+    """By name and size, for what has no place to go by."""
+    if (card["pci_id"] and device["pci_id"]) or not (card["name"] and device["description"]):
+        return False
+    if _bare(card["name"]) != _bare(device["description"]):
+        return False
+    whole: int | None = card["total"]
+    seen: int | None = device["total"]
+    if whole is None or seen is None:
+        return True
+    return seen <= whole if card["instances"] else abs(whole - seen) <= whole // 10
+
+
+def _bare(name: str) -> str:
+    """Older drivers leave the maker out, and CUDA names the part of a card."""
+    return name.lower().removeprefix("nvidia ").partition(" mig ")[0].strip()
+
+
+def _in_common(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is true of each of them, whichever it is."""
+    names = ("name", "total", "compute_capability")
+    return {name: cards[0][name] for name in names if len({card[name] for card in cards}) == 1}
+
+
 def _joined(
-    card: Mapping[str, Any] | None, device: Mapping[str, Any] | None, driver: str | None
+    card: Mapping[str, Any] | None,
+    device: Mapping[str, Any] | None,
+    driver: str | None,
+    is_unmatched: bool = False,
 ) -> Gpu:
     card, device = card or {}, device or {}
     total = device.get("total") or card.get("total")
@@ -316,6 +371,7 @@ def _joined(
         utilization=card.get("utilization"),
         processes=tuple(GpuProcess(*each) for each in card.get("processes", ())),
         instances=tuple(GpuInstance(**each) for each in card.get("instances", ())),
+        is_unmatched=is_unmatched,
     )
 
 

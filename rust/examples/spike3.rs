@@ -2,10 +2,11 @@
 //!
 //! ```sh
 //! cargo run --release --no-default-features --example spike3 -- --model-dir ./models \
-//!     --n-gpu-layers 99 --n-ctx 2048 [--model-3b FILE] [--model-7b FILE]
+//!     --backend …/libggml-cuda.so --n-gpu-layers 99 --n-ctx 2048 [--model-3b FILE] [--model-7b FILE]
 //! ```
 //!
-//! It is what `tabagent-bench spike3` does, with the same prompts, targets and exit codes.
+//! Layers for a GPU need a backend, which `tabagent-model build-backend` compiles; without `--backend`
+//! and `--n-gpu-layers` all is done on the CPU. It is what `tabagent-bench spike3` does, with the same prompts, targets and exit codes.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
 
 fn run() -> Outcome<Vec<Row>> {
     let asked = Asked::read()?;
-    start()?;
+    start(&asked)?;
     let small = asked.model(&asked.small, 2.5e9..=4e9)?;
     let large = asked.model(&asked.large, 6.5e9..=8.5e9)?;
 
@@ -295,20 +296,27 @@ fn no_memory(error: Error) -> Result<Error, Error> {
     }
 }
 
-fn start() -> Outcome<()> {
+fn start(asked: &Asked) -> Outcome<()> {
     let libraries = Path::new(env!("TABAGENT_BUILT_LIBRARIES"));
     let best = modules::usable_modules(libraries)?.remove(0);
     model::start(libraries, &best.name)?;
     println!("module {}, llama.cpp {}", best.name, model::llama_version());
+    if let Some(backend) = asked.backend.as_deref().filter(|_| asked.n_gpu_layers != 0) {
+        model::load_gpu_backend(backend)?;
+    }
     match model::backend_devices().iter().find(|device| device.is_gpu) {
         Some(found) => println!("GPU {}, {}", found.name, found.description),
-        None => println!("no GPU: {}", gpu::detect().reason.unwrap_or("it has no backend".into())),
+        None if asked.n_gpu_layers != 0 => return Err(asked.no_gpu().into()),
+        None => println!("on the CPU"),
     }
     Ok(())
 }
 
+#[derive(Default)]
 struct Asked {
     folder: PathBuf,
+    /// A library of llama.cpp's that computes on a GPU.
+    backend: Option<PathBuf>,
     n_gpu_layers: i32,
     n_ctx: u32,
     small: Option<PathBuf>,
@@ -318,20 +326,34 @@ struct Asked {
 impl Asked {
     fn read() -> Outcome<Asked> {
         let folder = PathBuf::from("./models");
-        let mut asked = Asked { folder, n_gpu_layers: 99, n_ctx: 2048, small: None, large: None };
+        let (mut n_gpu_layers, mut asked) =
+            (None, Asked { folder, n_ctx: 2048, ..Asked::default() });
         let mut words = std::env::args().skip(1);
         while let Some(word) = words.next() {
             let value = words.next().ok_or_else(|| format!("`{word}` needs a value"))?;
             match word.as_str() {
                 "--model-dir" => asked.folder = value.into(),
-                "--n-gpu-layers" => asked.n_gpu_layers = number(&word, &value)?,
+                "--backend" => asked.backend = Some(value.into()),
+                "--n-gpu-layers" => n_gpu_layers = Some(number(&word, &value)?),
                 "--n-ctx" => asked.n_ctx = number(&word, &value)?,
                 "--model-3b" => asked.small = Some(value.into()),
                 "--model-7b" => asked.large = Some(value.into()),
                 _ => return Err(format!("there is no option `{word}`").into()),
             }
         }
+        asked.n_gpu_layers = n_gpu_layers.unwrap_or(if asked.backend.is_some() { 99 } else { 0 });
         Ok(asked)
+    }
+
+    /// Layers that were wanted on a GPU are not computed on the CPU in silence.
+    fn no_gpu(&self) -> String {
+        let layers = self.n_gpu_layers;
+        let why = match &self.backend {
+            Some(backend) => format!("the backend `{}` finds none", backend.display()),
+            None => "no GPU backend is loaded: name one with `--backend FILE`".into(),
+        };
+        let known = gpu::detect().reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+        format!("`--n-gpu-layers` is {layers}, and there is no GPU: {why}{known}; 0 is the CPU")
     }
 
     /// The file that was named, or the one in the folder with as many parameters, of 4 bits first.

@@ -18,6 +18,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str],
     monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
     monkeypatch.setattr(verdicts, "_crashes", {})
     monkeypatch.setattr(verdicts, "_verdicts", {})
+    monkeypatch.setattr(verdicts, "_resting", {})
     monkeypatch.setattr(respawn, "BACKOFF_S", 0.0)
 
     def loading(what: str) -> None:

@@ -54,6 +54,7 @@ def test_a_death_is_one_error_for_each_and_the_next_request_is_answered(
         error = caught.value
         assert set(error.request_ids) == ids
         assert (error.signal, error.exit_code) == (signal_name, exit_code)
+        assert error.was_hanging == (prompt == "nonsense")  # it lives on, and we end it
         assert error.last_line == last_line or last_line is None
         assert "3 requests under way" in str(error)
     assert model.generate("Count").text == ANSWER
@@ -248,8 +249,9 @@ def test_a_pin_that_cannot_be_renewed_is_told_in_the_log(
 def test_a_worker_that_hangs_is_killed(prompt: str):
     with Model.load(isolation="process", watchdog_s=0.4) as model:
         why = "sign of life" if prompt == "stop" else "stood still"
-        with pytest.raises(WorkerCrashedError, match=why):
+        with pytest.raises(WorkerCrashedError, match=why) as caught:
             model.generate(prompt)
+        assert caught.value.was_hanging
         assert model.generate("Count").text == ANSWER
 
 

@@ -163,6 +163,7 @@ from tabagent_model import Model, ModelManager, OutOfMemoryError
 from tabagent_model.errors import ContextTooSmallError
 
 FIELDS = {"n_ctx": 2048, "max_parallel": 24, "kv_type": "f32", "prompt_cache_mb": 0}
+FIELDS["device"] = "cpu"
 
 def size():
     status = Path("/proc/self/status").read_text()

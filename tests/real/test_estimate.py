@@ -45,7 +45,7 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("fields", CONTEXTS, ids=str)
 def test_the_estimate_is_what_it_takes(file: Path, fields: dict[str, Any]):
-    config = ModelConfig(file, n_threads=2, warmup=True, **fields)
+    config = ModelConfig(file, n_threads=2, warmup=True, device="cpu", **fields)
     with Model.load(config):  # so that attention is measured, and libraries have their own
         pass
     gc.collect()
@@ -54,7 +54,10 @@ def test_the_estimate_is_what_it_takes(file: Path, fields: dict[str, Any]):
     with Model.load(config) as model:
         (found,) = [m for m in memory().models if m.path == str(file)]
         share = found.shares[0]
-        model.generate([1] * min(config.n_ctx - 2, 520), max_tokens=1)
+        # Without flash attention there is a score for each cell, and what no pass has touched of a
+        # buffer is allocated, but not there yet.
+        is_flash = model.info()["flash_attn"] == "on"
+        model.generate([1] * min(config.n_ctx - 2, 520 if is_flash else config.n_ctx), max_tokens=1)
         taken = private() - before
         told = {
             name: (round(getattr(expected, name) / MIB, 1), round(getattr(share, name) / MIB, 1))
@@ -68,10 +71,7 @@ def test_the_estimate_is_what_it_takes(file: Path, fields: dict[str, Any]):
     assert expected.kv == share.kv
     assert close(expected.mapped, share.mapped)
     assert close(expected.compute, share.compute)
-    # What the prompt did not reach of the buffers is allocated, but not there yet.
-    unused = share.compute if config.n_ctx > 520 else 0
-    assert taken <= 1.1 * expected.needed + 32 * MIB
-    assert taken + unused >= 0.9 * expected.needed - 32 * MIB
+    assert close(expected.needed, taken)
 
 
 def private() -> int:

@@ -45,6 +45,7 @@ CONFIG: dict[str, Any] = {
     "n_threads": 1,
     "flash_attn": "on",
     "kv_type": "f16",
+    "device": "cpu",  # a GPU's first steps may take longer than the watchdog waits here
 }
 APART: dict[str, Any] = {**CONFIG, "isolation": "process", "watchdog_s": 1.0}
 GREEDY: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}

@@ -21,7 +21,7 @@ from tabagent_model.placement._ledger import LEDGER
 
 pytestmark = [pytest.mark.model, pytest.mark.usefixtures("empty_ledger")]
 
-KV: Any = {"n_ctx": 1024, "max_parallel": 2, "kv_type": "f16"}
+KV: Any = {"n_ctx": 1024, "max_parallel": 2, "kv_type": "f16", "device": "cpu"}
 APART: Any = {**KV, "isolation": "process", "n_threads": 1}
 
 needs_workers = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no workers here")
@@ -80,15 +80,16 @@ def test_a_vocabulary_alone_is_no_line():
 def test_devices_tell_what_is_ours_and_what_is_others():
     with Model.load(**KV):
         report = memory()
-    (cpu,) = report.devices
+    cpu, *gpus = report.devices
+    assert [each.device for each in gpus] == [g.device for g in hardware.detect().usable_gpus]
     assert (cpu.device, cpu.reserved) == ("cpu", 0)
     assert cpu.models == sum(m.shares[0].own for m in report.models) > MIB
     assert 0 < cpu.free < cpu.total
     assert 0 < cpu.others < cpu.total
     assert json.loads(json.dumps(report.to_dict()))["devices"][0]["device"] == "cpu"
-    first, second, *_ = str(report).splitlines()
-    assert first.startswith("cpu: ")
-    assert second.startswith("  tiny-chat on cpu: weights ")
+    lines = str(report).splitlines()
+    assert lines[0].startswith("cpu: ")
+    assert lines[len(report.devices)].startswith("  tiny-chat on cpu: weights ")
 
 
 # Models in workers

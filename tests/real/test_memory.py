@@ -30,7 +30,7 @@ def resident_mib():
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 def one_round():
-    with Model.load(n_ctx=512) as model:
+    with Model.load(n_ctx=512, device="cpu") as model:
         model.generate("Hello", max_tokens=8, temperature=0)
     gc.collect()
     return resident_mib()
@@ -93,7 +93,7 @@ def test_unload_says_what_came_back_and_a_second_one_does_nothing():
 def test_weights_are_not_in_memory_twice(repack: bool):
     path = str(BUNDLED_MODEL)
     others = resident_of(path)
-    with Model.load(repack=repack) as model:
+    with Model.load(repack=repack, device="cpu") as model:
         (share,) = memory().models[-1].shares
         assert share.mapped + share.weights < 1.5 * model.info()["size_bytes"]
         # What tensors share pages with comes along.

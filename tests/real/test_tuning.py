@@ -20,7 +20,7 @@ PROMPTS = [
 
 
 def load(**fields) -> Model:
-    return Model.load(n_ctx=256, max_parallel=1, n_threads=1, **fields)
+    return Model.load(n_ctx=256, max_parallel=1, n_threads=1, device="cpu", **fields)
 
 
 def test_every_choice_gives_the_same_answers():

@@ -101,6 +101,23 @@ def built_cpu_module(name: str, machine: str) -> Path | None:
     return library.parent if note.machine == machine else None
 
 
+def traces() -> list[str]:
+    """What lies here, without opening it: each library by its size and the time of its change; and
+    for a GPU backend the choice, the driver and the cards that it will meet."""
+    told: list[str] = []
+    with suppress(OSError, RuntimeError):  # a RuntimeError: this user has no home
+        modules = sorted((data_folder() / "cpu").glob(library_name("cpu-*")))
+        told += [_trace("cpu", module) for module in modules]
+    libraries = [_trace(backend.kind, backend.library) for backend in found()]
+    if not libraries:
+        return told
+    facts = _core.detect_gpus()
+    choice = {name: os.environ.get(name) for name in ("TABAGENT_GPU_BACKEND", *_VISIBLE)}
+    seen = [f"{name}={value}" for name, value in choice.items() if value is not None]
+    cards = [f"{card['name']} {card['uuid']}" for card in facts["gpus"]]
+    return [*told, *libraries, *seen, f"driver {facts['driver']}", *cards]
+
+
 def missing_driver(kind: str) -> str | None:
     """What a backend of this kind needs of the system, and is not there."""
     if sys.platform != "linux":
@@ -187,6 +204,14 @@ def _folders(kind: str) -> Iterator[Path]:
     spec = find_spec(f"tabagent_model_{kind}")
     for folder in (spec and spec.submodule_search_locations) or ():
         yield Path(folder)
+
+
+def _trace(kind: str, library: Path) -> str:
+    try:
+        stat = library.stat()
+    except OSError:
+        return f"{kind} {library}, which cannot be looked at"
+    return f"{kind} {library.name} of {stat.st_size} bytes, changed at {stat.st_mtime_ns}"
 
 
 def _dies(

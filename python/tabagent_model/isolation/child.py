@@ -341,6 +341,7 @@ class Child:
     def _crash(self, why: str) -> WorkerCrashedError:
         """What it died of, as far as it can be known; it is killed if it has not ended."""
         code = self._process.poll() if why else self.wait(1.0)
+        was_hanging = code is None
         if code is None:
             self._process.kill()
             code = self.wait()
@@ -360,6 +361,7 @@ class Child:
             exit_code=code if code is not None and code >= 0 else None,
             last_line=last_words,
             request_ids=tuple(self._under_way),
+            was_hanging=was_hanging,
         )
 
 

@@ -25,7 +25,7 @@ from .child import Child, calling
 from .frames import RemoteEvent, unpack
 from .memory import GLIMPSE_S
 from .respawn import Keeper, runs_an_event_loop, start
-from .verdicts import Verdict
+from .verdicts import KILLS, Verdict
 
 if TYPE_CHECKING:
     from .._core import PyModel, UnloadReport
@@ -260,8 +260,7 @@ def try_out(config: ModelConfig, is_wanted: Callable[[], bool], verdict: Verdict
             question = {"action": "submit", "request": 1, "prompt": prompt, "params": params}
             child.settle(question, is_wanted, under_way=[1])
     except WorkerCrashedError as crash:
-        # Memory that ran out, or somebody with `kill`, says nothing of the file.
-        if crash.signal not in ("SIGKILL", "SIGTERM"):
+        if crash.signal not in KILLS:
             verdict.quarantine(crash)
         raise
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import sys
 import threading
@@ -60,7 +61,7 @@ class Keeper:
 
     up ──dies──▶ starting ──loaded──▶ up
                     └──fails──▶ down: that is told, and the next request tries again
-    the third death within a minute ──▶ quarantine: no other is started
+    the third death within a minute ──▶ quarantine: no other is started, or not for a minute
     """
 
     def __init__(
@@ -83,8 +84,7 @@ class Keeper:
         self._news: list[RemoteEvent] = []
         self._is_starting = self._is_closed = False
         self._refusal: TabAgentModelError | None = None
-        self._failed_at = 0.0
-        self._is_quarantined = False
+        self._not_before = 0.0
         self._changed = threading.Condition()
         self.rss_at_close_mb: float | None = None
         self._process = os.getpid()
@@ -268,7 +268,7 @@ class Keeper:
     def _check(self) -> None:
         if self._is_closed:
             raise ModelNotLoadedError("the model was unloaded", hint="load it again")
-        if self._refusal is not None and (self._is_quarantined or not self._may_start):
+        if self._refusal is not None and not self._may_start:
             raise copy(self._refusal)
 
     def _told(self, error: Exception) -> Exception:
@@ -280,7 +280,7 @@ class Keeper:
     @property
     def _may_start(self) -> bool:
         """After a start that failed, not at once again."""
-        return self._is_starting or time.monotonic() - self._failed_at > TICK_S
+        return self._is_starting or time.monotonic() > self._not_before
 
     def _send(self, child: Child, request_id: int, request: _Request, waits: bool = True) -> bool:
         data: list[bytes] = []
@@ -356,8 +356,7 @@ class Keeper:
             self._start_another()
             return
         log.error("%s", refusal.message)
-        self._give_up(refusal)
-        self._is_quarantined = True
+        self._give_up(refusal, math.inf if refusal.retry_after_s is None else refusal.retry_after_s)
 
     def _start_another(self) -> None:
         if self._is_starting:
@@ -460,9 +459,9 @@ class Keeper:
             else:
                 self._give_up(error)
 
-    def _give_up(self, refusal: TabAgentModelError) -> None:
-        """Whoever waits for a worker waits no longer."""
-        self._refusal, self._failed_at = refusal, time.monotonic()
+    def _give_up(self, refusal: TabAgentModelError, for_s: float = TICK_S) -> None:
+        """Whoever waits for a worker waits no longer, and nobody starts one for so long."""
+        self._refusal, self._not_before = refusal, time.monotonic() + for_s
         for request_id, request in list(self._requests.items()):
             if request.is_held:
                 self._end(request_id, _failed(request_id, copy(refusal)))

@@ -5,6 +5,10 @@ configuration it is opened with. Reading a whole file of forty gigabytes would t
 load it; and what a loader stumbles over, the header, the vocabulary and the table of weights, lies
 in front. Whoever changes weights in the middle of a file and turns back its clock is not caught:
 this is a memory of accidents, not a guard against forgery.
+
+A verdict holds for what the worker computes with: another CPU module, GPU backend, driver or card
+is another matter. And it holds something against a file only where the file may be to blame: a
+worker that the system killed had no memory left, which may be otherwise tomorrow.
 """
 
 from __future__ import annotations
@@ -27,6 +31,11 @@ if TYPE_CHECKING:
     from ..params import ModelConfig
 
 CRASHES, WITHIN_S = 3, 60.0
+REST_S = 60.0
+"""After as many crashes that the file may not be to blame for."""
+# What the system sends when memory runs out, and what somebody sends with `kill`: it says nothing
+# of the file. Where we sent it ourselves, `was_hanging` says so.
+KILLS = ("SIGKILL", "SIGTERM")
 
 
 class Verdict:
@@ -42,7 +51,11 @@ class Verdict:
         return self._known() is not None
 
     def check(self) -> None:
-        """Refuse what is quarantined."""
+        """Refuse what is quarantined, or rests."""
+        with _lock:
+            until, killed = _resting.get(self._key, (0.0, ""))
+        if (left := until - time.monotonic()) > 0:
+            raise self._refusal_for(left, killed)
         known = self._known()
         if known and (why := known.get("quarantined")):
             raise self._refusal(str(why))
@@ -51,6 +64,7 @@ class Verdict:
         """It survived a probe; whatever was held against it is forgotten."""
         with _lock:
             _crashes.pop(self._key, None)
+            _resting.pop(self._key, None)
         self._keep({"tried": time.time()})
 
     def quarantine(self, crash: WorkerCrashedError) -> ModelQuarantinedError:
@@ -58,26 +72,39 @@ class Verdict:
         return self._refusal(crash.message)
 
     def note_crash(self, crash: WorkerCrashedError) -> ModelQuarantinedError | None:
-        """Too many within a short time are enough."""
+        """Too many within a short time are enough: for good, if the file may be to blame for each
+        of them, otherwise for a rest, in this process alone."""
         now = time.monotonic()
+        is_of_file = crash.was_hanging or crash.signal not in KILLS
         with _lock:
-            times = _crashes.setdefault(self._key, deque(maxlen=CRASHES))
-            times.append(now)
-            is_enough = len(times) == CRASHES and now - times[0] <= WITHIN_S
-        return self.quarantine(crash) if is_enough else None
+            crashes = _crashes.setdefault(self._key, deque(maxlen=CRASHES))
+            crashes.append((now, is_of_file))
+            if len(crashes) < CRASHES or now - crashes[0][0] > WITHIN_S:
+                return None
+            if not all(is_of_file for _, is_of_file in crashes):
+                _resting[self._key] = now + REST_S, crash.message
+                return self._refusal_for(REST_S, crash.message)
+        return self.quarantine(crash)
 
     @property
     def num_crashes(self) -> int:
         """Within the last minute."""
         now = time.monotonic()
         with _lock:
-            times = _crashes.get(self._key, ())
-            return sum(now - then <= WITHIN_S for then in times)
+            return sum(now - then <= WITHIN_S for then, _ in _crashes.get(self._key, ()))
 
     def _refusal(self, why: str) -> ModelQuarantinedError:
         return ModelQuarantinedError(
             f"`{self._name}` is in quarantine with this configuration: {why}",
             hint="load it with `probe=True` to try it again, or with other settings",
+        )
+
+    def _refusal_for(self, seconds: float, why: str) -> ModelQuarantinedError:
+        return ModelQuarantinedError(
+            f"`{self._name}` is not started for {seconds:.0f} s, after {CRASHES} workers that"
+            f" ended within a minute: {why}",
+            hint="see whether memory ran out, and give it more, or the model a smaller `n_ctx`",
+            retry_after_s=seconds,
         )
 
     def _known(self) -> dict[str, Any] | None:
@@ -91,13 +118,16 @@ class Verdict:
 
 
 _lock = threading.Lock()
-_crashes: dict[str, deque[float]] = {}
+_crashes: dict[str, deque[tuple[float, bool]]] = {}
+"""When, and whether the file may be to blame."""
+_resting: dict[str, tuple[float, str]] = {}
+"""Until when, and why."""
 _verdicts: dict[str, dict[str, Any]] = {}
 
 
 def _key(config: ModelConfig, files: Sequence[str]) -> str:
     settings = {**config.to_dict(), "model_path": None, "isolation": None, "watchdog_s": None}
-    found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps([settings, _native.what_computes()], sort_keys=True).encode())
     for file in files:
         path = Path(file)
         facts = path.stat()
