@@ -5,8 +5,8 @@
 //!     --backend …/libggml-cuda.so --n-gpu-layers 99 --n-ctx 2048 [--model-3b FILE] [--model-7b FILE]
 //! ```
 //!
-//! Layers for a GPU need a backend, which `tabagent-model build-backend` compiles; without `--backend`
-//! and `--n-gpu-layers` all is done on the CPU. It is what `tabagent-bench spike3` does, with the same prompts, targets and exit codes.
+//! Layers for a GPU need a backend, which `tabagent-model build-backend` compiles. It is what
+//! `tabagent-bench spike3` does, with the same prompts, targets and exit codes.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -306,13 +306,11 @@ fn start(asked: &Asked) -> Outcome<()> {
     }
     match model::backend_devices().iter().find(|device| device.is_gpu) {
         Some(found) => println!("GPU {}, {}", found.name, found.description),
-        None if asked.n_gpu_layers != 0 => return Err(asked.no_gpu().into()),
-        None => println!("on the CPU"),
+        None => println!("no GPU: {}", asked.why_no_gpu()),
     }
     Ok(())
 }
 
-#[derive(Default)]
 struct Asked {
     folder: PathBuf,
     /// A library of llama.cpp's that computes on a GPU.
@@ -326,34 +324,30 @@ struct Asked {
 impl Asked {
     fn read() -> Outcome<Asked> {
         let folder = PathBuf::from("./models");
-        let (mut n_gpu_layers, mut asked) =
-            (None, Asked { folder, n_ctx: 2048, ..Asked::default() });
+        let (backend, small, large) = (None, None, None);
+        let mut asked = Asked { folder, backend, n_gpu_layers: 99, n_ctx: 2048, small, large };
         let mut words = std::env::args().skip(1);
         while let Some(word) = words.next() {
             let value = words.next().ok_or_else(|| format!("`{word}` needs a value"))?;
             match word.as_str() {
                 "--model-dir" => asked.folder = value.into(),
                 "--backend" => asked.backend = Some(value.into()),
-                "--n-gpu-layers" => n_gpu_layers = Some(number(&word, &value)?),
+                "--n-gpu-layers" => asked.n_gpu_layers = number(&word, &value)?,
                 "--n-ctx" => asked.n_ctx = number(&word, &value)?,
                 "--model-3b" => asked.small = Some(value.into()),
                 "--model-7b" => asked.large = Some(value.into()),
                 _ => return Err(format!("there is no option `{word}`").into()),
             }
         }
-        asked.n_gpu_layers = n_gpu_layers.unwrap_or(if asked.backend.is_some() { 99 } else { 0 });
         Ok(asked)
     }
 
-    /// Layers that were wanted on a GPU are not computed on the CPU in silence.
-    fn no_gpu(&self) -> String {
-        let layers = self.n_gpu_layers;
+    fn why_no_gpu(&self) -> String {
         let why = match &self.backend {
             Some(backend) => format!("the backend `{}` finds none", backend.display()),
-            None => "no GPU backend is loaded: name one with `--backend FILE`".into(),
+            None => "no backend was named with `--backend FILE`".into(),
         };
-        let known = gpu::detect().reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
-        format!("`--n-gpu-layers` is {layers}, and there is no GPU: {why}{known}; 0 is the CPU")
+        gpu::detect().reason.map_or_else(|| why.clone(), |reason| format!("{why} ({reason})"))
     }
 
     /// The file that was named, or the one in the folder with as many parameters, of 4 bits first.
