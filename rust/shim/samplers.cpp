@@ -21,6 +21,10 @@ llama_sampler * make(const llama_vocab * vocab, int32_t n_vocab, const ta_sample
     const std::string name   = with.name;
     const float *     values = with.values;
     const auto        whole  = [&](int at) { return static_cast<int32_t>(values[at]); };
+    if (name == "logit_bias") {
+        const llama_logit_bias biases[] = { { whole(0), values[1] }, { whole(2), values[3] } };
+        return llama_sampler_init_logit_bias(n_vocab, 2, biases);
+    }
     if (name == "penalties") {
         return llama_sampler_init_penalties(n_vocab, whole(0), values[1], values[2], values[3]);
     }

@@ -34,6 +34,8 @@ fn chain_of<'a>(config: &GenerationConfig, breakers: &'a [CString]) -> Vec<Llama
         LlamaSampler { name, values: all, strings: Vec::new() }
     };
     let c = config;
+    let two = |biases: &[(i32, f32)]| [0, 1].map(|at| biases.get(at).copied().unwrap_or((0, 0.0)));
+    let biases = two(&c.logit_bias).map(|(token, bias)| [token as f32, bias]).concat();
     if c.mirostat > 0 {
         let name = if c.mirostat == 1 { c"mirostat" } else { c"mirostat_v2" };
         let temperature = sampler(c"temp", &[c.temperature]);
@@ -44,6 +46,7 @@ fn chain_of<'a>(config: &GenerationConfig, breakers: &'a [CString]) -> Vec<Llama
     let length = c.dry_allowed_length as f32;
     let dry = [c.dry_multiplier, c.dry_base, length, last_n(c.dry_penalty_last_n)];
     vec![
+        sampler(c"logit_bias", &biases),
         sampler(c"penalties", &[&[last_n(c.penalty_last_n)], &repeated[..]].concat()),
         LlamaSampler {
             strings: breakers.iter().map(CString::as_c_str).collect(),
@@ -198,6 +201,18 @@ fn penalties_give_the_same_probabilities() {
         (c.repeat_penalty, c.presence_penalty) = (repeat, presence);
         (c.frequency_penalty, c.penalty_last_n) = (frequency, last_n);
     }));
+}
+
+#[test]
+fn biases_give_the_same_probabilities() {
+    compare(&each(&[-1e30, 0.0, 2.5, 100.0], |c, bias| c.logit_bias = vec![(0, bias)]));
+    let pairs = [(2.5, -1.0), (100.0, -100.0), (-1e30, 0.25)];
+    // A penalty multiplies what the bias has added to.
+    let penalized = each(&pairs, |c, (first, second)| {
+        c.logit_bias = vec![(3, first), (299, second)];
+        (c.top_k, c.repeat_penalty, c.penalty_last_n) = (40, 1.3, -1);
+    });
+    compare_from(300, &penalized);
 }
 
 #[test]
