@@ -80,6 +80,8 @@ def doctor(model: str | None = None) -> None:
     }
     if dead := _native.dead_modules():
         facts["died in a trial"] = ", ".join(dead)
+    if slow := hardware.why_slow():
+        facts["slow"] = slow
     for number, gpu in enumerate(machine.gpus):
         facts[f"GPU {number}"] = gpu_line(gpu)
     for backend in _native.gpu_backends():

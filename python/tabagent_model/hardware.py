@@ -171,6 +171,14 @@ def detect() -> Machine:
     )
 
 
+def why_slow() -> str | None:
+    """What holds back whoever computes in this process: less than one processor to compute with."""
+    quota = _native.core.detect_cpu()["quota"]
+    if quota is None or quota >= 1:
+        return None
+    return f"a cgroup allows this process {quota:g} of one processor"
+
+
 def vram_used_mb(index: int = 0) -> float | None:
     """What is used of a card, by NVML's number, in MiB; None, never 0, where nobody tells."""
     found = {card["index"]: card["used"] for card in _native.core.detect_gpus()["gpus"]}

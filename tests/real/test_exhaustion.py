@@ -168,33 +168,44 @@ def test_address_space_that_ends_in_a_prefill_is_one(isolation: str, run: Any):
 class Group:
     """A cgroup of its own within that of these tests."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limits: tuple[str, str]) -> None:
         self.folder = folder
         self.processes = folder / "cgroup.procs"
-        is_version_1 = folder.parts[:5] == ("/", "sys", "fs", "cgroup", "memory")
-        self.limit_file = folder / ("memory.limit_in_bytes" if is_version_1 else "memory.max")
+        self.limit_file = next((folder / name for name in limits if (folder / name).exists()), None)
 
-    def limit(self, size: int) -> None:
-        self.limit_file.write_text(str(size))
+    def limit(self, value: int) -> None:
+        assert self.limit_file is not None
+        self.limit_file.write_text(str(value))
 
 
 @pytest.fixture
-def group() -> Iterator[Group]:
+def memory_group() -> Iterator[Group]:
+    yield from a_group("memory", ("memory.limit_in_bytes", "memory.max"))
+
+
+@pytest.fixture
+def cpu_group() -> Iterator[Group]:
+    """Its limit is in microseconds out of 100,000."""
+    yield from a_group("cpu", ("cpu.cfs_quota_us", "cpu.max"))
+
+
+def a_group(kind: str, limits: tuple[str, str]) -> Iterator[Group]:
+    """By the names of the limit in version 1 and 2."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, kinds, path = line.split(":", 2)
-        if kinds not in ("memory", ""):  # version 1, and the one tree of version 2
+        if kinds and kind not in kinds.split(","):  # version 2 has one tree, and it has no name
             continue
-        made = Group(Path("/sys/fs/cgroup", kinds, path.lstrip("/"), f"tabagent-{os.getpid()}"))
+        folder = Path("/sys/fs/cgroup", kinds, path.lstrip("/"), f"tabagent-{os.getpid()}")
         try:
-            made.folder.mkdir()
+            folder.mkdir()
         except OSError:
             continue
         try:
-            if made.limit_file.exists():
+            if (made := Group(folder, limits)).limit_file is not None:
                 yield made
                 return
         finally:
-            made.folder.rmdir()
+            folder.rmdir()
     pytest.skip("no cgroup can be made here")
 
 
@@ -210,11 +221,11 @@ print(json.dumps(outcome))
 
 
 def test_a_load_that_does_not_fit_the_cgroup_is_refused_and_nobody_is_killed(
-    isolation: str, run: Any, group: Group
+    isolation: str, run: Any, memory_group: Group
 ):
     """R01"""
-    group.limit(250 << 20)
-    assert run(LIMITED, isolation, str(group.processes)) == "OutOfMemoryError"
+    memory_group.limit(250 << 20)
+    assert run(LIMITED, isolation, str(memory_group.processes)) == "OutOfMemoryError"
 
 
 KILLED = """
@@ -233,11 +244,41 @@ with Model.load(**{**FIELDS, "n_ctx": 2048}, prompt_cache_mb=512) as model:
 
 
 def test_a_worker_that_the_system_kills_for_its_memory_is_one_error_and_another_serves(
-    run: Any, group: Group
+    run: Any, memory_group: Group
 ):
-    group.limit(8 << 20)
-    outcome = run(KILLED, "process", str(group.processes))
+    memory_group.limit(8 << 20)
+    outcome = run(KILLED, "process", str(memory_group.processes))
     assert outcome == [["WorkerCrashedError", "SIGKILL"], True]
+
+
+SLOWED = """
+from concurrent.futures import ThreadPoolExecutor
+from starlette.testclient import TestClient
+from tabagent_model.serve import app
+
+Path(sys.argv[2]).write_text("0")
+answers = []
+with Model.load(**{**FIELDS, "max_parallel": 4}) as model:
+    client = TestClient(app(model), base_url="http://localhost")
+
+    def ask(_):
+        return tried(lambda: answers.append(answer(model))), client.get("/health").json()
+
+    outcomes = list(ThreadPoolExecutor(4).map(ask, range(4)))
+load()
+print(json.dumps([outcomes, answers == [REFERENCE] * 4]))
+Path(sys.argv[2]).parent.parent.joinpath("cgroup.procs").write_text("0")
+"""
+
+
+def test_a_tenth_of_a_processor_is_slow_and_nobody_is_lost(
+    isolation: str, run: Any, cpu_group: Group
+):
+    """R07"""
+    cpu_group.limit(10_000)
+    health = {"status": "ok", "slow": "a cgroup allows this process 0.1 of one processor"}
+    outcome = run(SLOWED, isolation, str(cpu_group.processes))
+    assert outcome == [[["ok", health]] * 4, True]
 
 
 @pytest.mark.usefixtures("empty_ledger")

@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import metrics
 from ..errors import ModelNotLoadedError
+from ..hardware import why_slow
 from . import anthropic, control, llama_server, openai, responses
 from .config import ServerConfig
 from .guard import ClientGone, Guard, Refusal, Traffic, body_of
@@ -85,8 +86,10 @@ class Door:
         """Whether the models are there; a long prompt does not keep this waiting."""
         if self.service is None:
             return _json({"status": "loading", "progress": round(self.progress, 3)}, 503)
-        is_well = self.service.models.is_well
-        return _json({"status": "ok"}) if is_well else _json({"status": "error"}, 503)
+        if not self.service.models.is_well:
+            return _json({"status": "error"}, 503)
+        slow = why_slow()
+        return _json({"status": "ok"} if slow is None else {"status": "ok", "slow": slow})
 
     async def _ready(self, request: Request) -> Response:
         """Whether a request would find a place, or one in the queue."""
