@@ -211,15 +211,20 @@ class Base:
             raise InvalidRequestError(message, name="overflow")
         return params
 
-    def _chat_request(
-        self, messages: Messages, config: GenerationConfig | None, given: ChatFields
-    ) -> Request:
+    def _chat_requests(
+        self, messages: Messages, config: GenerationConfig | None, given: ChatFields, n: int = 1
+    ) -> list[Request]:
         fields = cast("dict[str, Any]", given)
         options = ChatOptions.taken_from(fields)
         params = _params_of(config, cast("GenerationFields", fields))
-        asked = Chat(self, checked_messages(messages), options, params)
-        end, prompt = asked.end, asked.prompt
-        return Request(next(request_ids), asked.tokens, asked.params, end, prompt, options.schema)
+        said = checked_messages(messages)
+        chats = [Chat(self, said, options, dict(each)) for each in _with_seeds(params, n)]
+        return [
+            Request(
+                next(request_ids), chat.tokens, chat.params, chat.end, chat.prompt, options.schema
+            )
+            for chat in chats
+        ]
 
     def _written(
         self, messages: Messages, given: PromptFields, add_generation_prompt: bool = True
@@ -279,13 +284,19 @@ class Base:
             message = "`stream` and `on_token` are for a single prompt and one answer to it"
             raise InvalidRequestError(message, hint="make one stream for each", name="prompt")
         params = self._params(config, given)
-        all_params = [params] if n is None else _with_seeds(params, checked_whole("n", n, 1, 128))
+        all_params = _with_seeds(params, 1 if n is None else n)
         prompts = prompt if is_many(prompt) else [cast("Prompt", prompt)]
         requests = [
             Request(next(request_ids), text, params, is_far=self._is_isolated)
             for text in map(checked, prompts)
             for params in all_params
         ]
+        return Crowd(self._open_courier, requests, self._source)
+
+    def _chat_crowd(
+        self, messages: Messages, config: GenerationConfig | None, given: ChatFields, n: int
+    ) -> Crowd:
+        requests = self._chat_requests(messages, config, given, n)
         return Crowd(self._open_courier, requests, self._source)
 
     def _load_again(self, changes: ModelFields, on_progress: OnProgress | None = None) -> None:
@@ -330,7 +341,7 @@ class Base:
 def _params_of(config: GenerationConfig | None, given: GenerationFields) -> dict[str, Any]:
     if "n" in given:
         message = "a stream is one answer, and `n` asks for several"
-        hint = "make one stream for each, or call `generate` without `stream`"
+        hint = "make one stream for each, or call `generate` or `chat` without `stream`"
         raise InvalidRequestError(message, hint=hint, name="n")
     if config is None:
         config = _DEFAULTS
@@ -346,6 +357,7 @@ _DEFAULTS = GenerationConfig()
 
 def _with_seeds(params: dict[str, Any], n: int) -> list[dict[str, Any]]:
     """A seed of its own for each, if there is one; a random one is chosen for each anyway."""
+    checked_whole("n", n, 1, 128)
     seed = params["seed"]
     if seed < 0:
         return [params] * n

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ._courier import LONG_TEXT, Courier, Event, Inbox, LoopInbox, Request
 from .errors import QueueFullError
 from .results import Completion, Source
-from .stream import Answer, settle
+from .stream import Answer, ChatAnswer, settle
 
 
 class Crowd:
@@ -20,7 +20,10 @@ class Crowd:
     def __init__(self, courier: Courier, requests: Iterable[Request], source: Source) -> None:
         self._courier = courier
         self._unsent = deque(requests)
-        self._answers = {request.id: Answer(request, source) for request in self._unsent}
+        self._answers = {
+            request.id: (ChatAnswer if request.chat else Answer)(request, source)
+            for request in self._unsent
+        }
         self._running: set[int] = set()
 
     def collect(self) -> list[Completion]:

@@ -162,18 +162,42 @@ class Model(Base):
         request = self._request(prompt, config, fields)
         return TextStream(self._open_courier, request, self._source, self).submit()
 
+    @overload
     def chat(
         self,
         messages: Messages,
         config: GenerationConfig | None = None,
+        *,
+        n: None = None,
         **fields: Unpack[ChatFields],
-    ) -> ChatCompletion:
+    ) -> ChatCompletion: ...
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        n: int,
+        **fields: Unpack[ChatFields],
+    ) -> list[ChatCompletion]: ...
+    def chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        n: int | None = None,
+        **fields: Unpack[ChatFields],
+    ) -> ChatCompletion | list[ChatCompletion]:
         """Answer a conversation: messages in OpenAI's shape, or the text of one user message.
 
         It is written out in the model's own chat template, or in `template`. The answer is read
-        as the template means it: `content`, `reasoning`, `tool_calls`.
+        as the template means it: `content`, `reasoning`, `tool_calls`. With `n` there is a list of
+        so many answers, as in `generate`.
         """
-        return self._chat(messages, config, fields).collect()
+        if n is None:
+            return self._chat(messages, config, fields).collect()
+        answers = self._chat_crowd(messages, config, fields, n).collect()
+        return cast("list[ChatCompletion]", answers)
 
     def stream_chat(
         self,
@@ -281,7 +305,7 @@ class Model(Base):
     def _chat(
         self, messages: Messages, config: GenerationConfig | None, fields: ChatFields
     ) -> ChatStream:
-        request = self._chat_request(messages, config, fields)
+        [request] = self._chat_requests(messages, config, fields)
         return ChatStream(self._open_courier, request, self._source, self)
 
     def unload(self, timeout: float = 5.0) -> UnloadReport:
@@ -408,14 +432,37 @@ class AsyncModel(Base):
         request = self._request(prompt, config, fields)
         return AsyncTextStream(self._open_courier, request, self._source, self)
 
+    @overload
     async def chat(
         self,
         messages: Messages,
         config: GenerationConfig | None = None,
+        *,
+        n: None = None,
         **fields: Unpack[ChatFields],
-    ) -> ChatCompletion:
+    ) -> ChatCompletion: ...
+    @overload
+    async def chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        n: int,
+        **fields: Unpack[ChatFields],
+    ) -> list[ChatCompletion]: ...
+    async def chat(
+        self,
+        messages: Messages,
+        config: GenerationConfig | None = None,
+        *,
+        n: int | None = None,
+        **fields: Unpack[ChatFields],
+    ) -> ChatCompletion | list[ChatCompletion]:
         """As `Model.chat`."""
-        return await self.stream_chat(messages, config, **fields).collect()
+        if n is None:
+            return await self.stream_chat(messages, config, **fields).collect()
+        answers = await self._chat_crowd(messages, config, fields, n).collect_async()
+        return cast("list[ChatCompletion]", answers)
 
     def stream_chat(
         self,
@@ -424,7 +471,7 @@ class AsyncModel(Base):
         **fields: Unpack[ChatFields],
     ) -> AsyncChatStream:
         """The answer to a conversation; nothing to await here. Use it in an `async with`."""
-        request = self._chat_request(messages, config, fields)
+        [request] = self._chat_requests(messages, config, fields)
         return AsyncChatStream(self._open_courier, request, self._source, self)
 
     async def run_tools(

@@ -111,6 +111,26 @@ def test_a_seed_reproduces_an_answer_and_a_random_one_is_told(model: Model):
     assert len({model.generate("The cat", **hot).seed for _ in range(5)}) == 5
 
 
+async def test_several_answers_to_a_conversation_are_those_with_these_seeds():
+    asked: list[dict[str, Any]] = [{"role": "user", "content": "Tell me a story."}]
+    fields: dict[str, Any] = {"max_tokens": 24, "temperature": 1.5}
+    with Model.load(n_ctx=256, max_parallel=4) as model:
+        alone = [model.chat(asked, seed=seed, **fields) for seed in (7, 8, 9)]
+        together = model.chat(asked, n=3, seed=7, **fields)
+        assert [answer.content for answer in together] == [answer.content for answer in alone]
+        assert [answer.seed for answer in together] == [7, 8, 9]
+        assert len({answer.content for answer in together}) == 3
+        assert sum(answer.usage.cached_tokens for answer in together) > 0
+        async with await AsyncModel.load(model.config) as twin:
+            assert await twin.chat(asked, n=3, seed=7, **fields) == together
+        objects = model.chat("Is snow white?", n=2, schema=["yes", "no"])
+        assert {answer.parsed for answer in objects} <= {"yes", "no"}
+        with pytest.raises(InvalidRequestError, match="`n` must be a whole number between 1"):
+            model.chat(asked, n=0)
+        with pytest.raises(InvalidRequestError, match="a stream is one answer"):
+            model.stream_chat(asked, n=2)  # type: ignore[call-arg]
+
+
 def test_a_repeated_prompt_is_found_in_the_cache(model: Model):
     prompt = "This prompt is asked for the second time, and so it is known already."
     first, second = (model.generate(prompt, max_tokens=4, temperature=0) for _ in range(2))
