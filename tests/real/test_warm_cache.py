@@ -78,6 +78,13 @@ def text(seed: int, length: int) -> Ids:
 BEGINNING = text(1, 6 * WINDOW)
 
 
+@pytest.mark.parametrize("weights", ["recurrent", "hybrid"], indirect=True)
+def test_a_prompt_that_cannot_be_interrupted_is_read_in_short_steps(model: Model):
+    before = model.metrics()["steps"]
+    assert len(model.generate(text(2, 400), **GREEDY | {"max_tokens": 1}).tokens) == 1
+    assert model.metrics()["steps"] - before == 4
+
+
 def test_an_answer_depends_on_the_whole_prompt(cold: Any):
     """Otherwise nothing below would show anything."""
     others = []

@@ -242,10 +242,13 @@ impl LlamaRunner {
             0 => config.flash_attn.rows_at_once(n_seq_max),
             _ => FlashAttention::On.rows_at_once(n_seq_max),
         };
+        let n_ubatch = config.n_batch.min(rows_at_once);
+        // A step that cannot be interrupted should not take longer than it has to.
+        let n_batch = if can_be_interrupted(&model) { config.n_batch } else { n_ubatch };
         let params = ContextParams {
             n_ctx: n_ctx_all,
-            n_batch: config.n_batch,
-            n_ubatch: config.n_batch.min(rows_at_once),
+            n_batch,
+            n_ubatch,
             n_seq_max,
             n_outputs_max: n_seq_max,
             n_threads: n_threads as i32,
@@ -440,10 +443,8 @@ impl Runner for LlamaRunner {
         self.was_shared
     }
 
-    /// llama.cpp writes down which states a step moves and clears before it does so. After a step that
-    /// was cut short, a new sequence would begin with the state of a forgotten one.
     fn can_be_interrupted(&self) -> bool {
-        !self.model.description().is_recurrent
+        can_be_interrupted(&self.model)
     }
 
     fn logits(&self, row: usize) -> Result<&[f32]> {
@@ -568,6 +569,12 @@ impl Drop for LlamaRunner {
 /// Rows that are all of their slot in the batch; it is sorted by slots.
 fn count_generating(batch: &[Row]) -> usize {
     batch.chunk_by(|a, b| a.slot == b.slot).filter(|rows| rows.len() == 1).count()
+}
+
+/// llama.cpp writes down which states a step moves and clears before it does so. After a step that was
+/// cut short, a new sequence would begin with the state of a forgotten one.
+fn can_be_interrupted(model: &Model) -> bool {
+    !model.description().is_recurrent
 }
 
 unsafe extern "C" fn wants_an_end(interrupt: *mut c_void) -> bool {
