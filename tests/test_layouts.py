@@ -1,4 +1,4 @@
-"""Whether weights are laid out anew: what the built-in rule says, or what was clearly faster here."""
+"""Whether weights are laid out anew: by the built-in rule, or by what was clearly faster here."""
 
 from __future__ import annotations
 
@@ -141,6 +141,8 @@ def test_calibration_can_be_turned_off_but_not_by_a_slip(measures, monkeypatch):
         '{"KEY": {"Q4_K 2": [[1, 2]]}}',
         '{"KEY": {"Q4_K 2": [[1, 2], [3]]}}',
         '{"KEY": {"Q4_K 2": [[1, 2], [3, "fast"]]}}',
+        '{"KEY": {"Q4_K 2": [[1, 2], [3, 0]]}}',
+        '{"KEY": {"Q4_K 2": [[1, 2], [3, NaN]]}}',
         '{"another processor": {"Q4_K 2": [[1, 2], [3, 4]]}}',
     ],
 )

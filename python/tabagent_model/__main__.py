@@ -160,13 +160,13 @@ def layouts_table() -> str:
 
     if not (measured := _layouts.measured()):
         return "layouts            not measured yet; the first load of a model does"
-    lines = ["layouts            on this machine, of a MiB of weights: µs for a token read + written"]
+    lines = ["layouts            of 1 MiB of weights here: µs for a token read + written"]
     for work, times in sorted(measured.items()):
         gain = _layouts.cost(times.in_file) / _layouts.cost(times.anew)
         in_file, anew = (f"{read:.1f} + {write:.0f}" for read, write in times)
         lines.append(
-            f"  {work.type}, threads {work.n_threads}: as in the file {in_file}, laid out anew {anew},"
-            f" {gain:.2f} times as fast"
+            f"  {work.type}, threads {work.n_threads}: as in the file {in_file},"
+            f" laid out anew {anew}, {gain:.2f} times as fast"
         )
     return "\n".join(lines)
 

@@ -66,8 +66,8 @@ def times_of(work: Work) -> Times | None:
     """
     with _measuring:
         if work not in _known:
-            may_measure = may_calibrate()  # a wrong setting is told also where nothing depends on it
-            _known[work] = measured().get(work) or (_measure(work) if may_measure else None)
+            is_allowed = may_calibrate()  # a wrong setting is told where nothing depends on it, too
+            _known[work] = measured().get(work) or (_measure(work) if is_allowed else None)
         return _known[work]
 
 

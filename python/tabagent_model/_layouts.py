@@ -1,16 +1,17 @@
 """Which layout of weights a model computes with on a CPU: measured once, and remembered.
 
-llama.cpp lays weights out anew when it loads them, where it has a layout for the CPU's widest
-instructions (AMX, its own, ours). Kernels for the file's layout compete with that, and which of them
-is faster depends on the processor, the module, the type of the weights and the threads. The first
-load of a model with weights of another type measures (`rust/src/context/layouts.rs`), in less than half
-a second for each machine. `TABAGENT_CALIBRATE=0` turns that off. Then what was measured before
-decides, or a built-in rule.
+llama.cpp lays weights out anew when it loads them, where there is a layout for the CPU's widest
+instructions (for AMX, its own, ours). Kernels for the file's layout compete with that, and which of
+them is faster depends on the processor, the module, the type of the weights and the threads. The
+first load of a model with weights of another type measures (`rust/src/context/layouts.rs`) and
+waits for it: a quarter of a second, once for each machine. `TABAGENT_CALIBRATE=0` turns that off.
+Then what was measured before decides, or a built-in rule.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from ._cache import Cache, may_calibrate
 Pace = tuple[float, float]
 """Microseconds of a mebibyte of weights for a token of a prompt, and for one of the answer."""
 
-# What the built-in rule says is left only for what is faster by so much, so that noise does not do it.
+# The built-in rule is left only for what is faster by so much, so that noise does not do it.
 CLEARLY = 1.05
 
 _measuring = threading.Lock()
@@ -63,7 +64,7 @@ def choose(
 
 
 def pays(sizes: Mapping[str, int], times: Mapping[str, Times], built_in: bool) -> bool:
-    """Whether laying out anew is faster; as the built-in rule says, unless the other is clearly so."""
+    """Whether to lay out anew: as the built-in rule says, unless the other is clearly faster."""
     if not sizes or not times.keys() >= sizes.keys():
         return built_in
     in_file = sum(size * cost(times[kind].in_file) for kind, size in sizes.items())
@@ -100,7 +101,8 @@ def measured(module: str | None = None) -> dict[Work, Times]:
         try:
             kind, n_threads = name.split()
             in_file, anew = ((float(prompt), float(answer)) for prompt, answer in times)
-            found[Work(kind, int(n_threads))] = Times(in_file, anew)
+            if all(0 < time < math.inf for time in (*in_file, *anew)):
+                found[Work(kind, int(n_threads))] = Times(in_file, anew)
         except (TypeError, ValueError):
             continue  # damaged, or of another version; it is measured again
     return found

@@ -8,6 +8,7 @@ every layer is counted as if it had attention and a state, and latent attention.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
@@ -245,10 +246,10 @@ class _Estimating:
             return self.config.repack
         cpu = self.machine.cpu
         built_in = not (cpu.keeps_k_quants and "_K" in self.facts["quantization"])
-        if cpu.name != _core.detect_cpu()["brand"]:
+        sizes = self._relaid_sizes()
+        if not sizes or cpu.name != _this_processor():
             return built_in
         _, n_threads = self.file.fit(self._settings("auto", "auto"))
-        sizes = self._relaid_sizes()
         return _layouts.choose(
             sizes, n_threads, built_in, may_measure=may_measure, module=cpu.module
         )
@@ -323,6 +324,12 @@ class _Estimating:
         has_words = self.facts["tokenizer"] != "none"
         words: int = self.facts["n_vocab"] + self.sizes["n_merges"] if has_words else 0
         return words * BYTES_PER_WORD + BYTES_OF_BOOKKEEPING
+
+
+@functools.cache
+def _this_processor() -> str:
+    name: str = _core.detect_cpu()["brand"]
+    return name
 
 
 def _padded(n_ctx: int) -> int:
