@@ -16,8 +16,8 @@ constexpr size_t RING_BYTES = 64 << 20;
 constexpr uint32_t POLL              = 50;
 constexpr int      LAYERS_OF_ONE_ROW = 4;
 
-// A small number in each of f32, f16 and bf16, and of no meaning but sound in the blocks of all quantised
-// types. How long a product takes does not depend on it.
+// A small number in each of f32, f16 and bf16, and a sound block of every quantised type. How long a
+// product takes does not depend on it.
 constexpr uint8_t BYTE_OF_ALL_NUMBERS = 0x3c;
 
 struct Stopwatch {

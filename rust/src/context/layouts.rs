@@ -27,7 +27,7 @@ pub struct LayoutTiming {
     pub anew: LayoutPace,
 }
 
-/// Rows of a prompt that are computed together: no kernel gets faster with more of them.
+/// Rows of a prompt that are computed together.
 const ROWS: u32 = 128;
 const BUDGET: Duration = Duration::from_millis(200);
 const MIB: f64 = (1 << 20) as f64;
@@ -43,12 +43,20 @@ pub fn measure_layouts(types: &[String], n_threads: u32) -> Result<Option<Vec<La
     if numbers.is_empty() {
         return Ok(Some(Vec::new()));
     }
-    let stopwatch = match Stopwatch::new(&numbers, n_threads) {
-        Err(Error::Exhausted { .. }) => return Ok(None), // a load may still do without
-        made => made?,
-    };
     let unknown = names.into_iter().map(LayoutTiming::unknown).collect();
-    least_in_calm(n_threads, BUDGET, unknown, |least: &mut Vec<LayoutTiming>| {
+    match least_times(&numbers, unknown, n_threads) {
+        Err(Error::Exhausted { .. }) => Ok(None), // the load may still do without
+        found => found,
+    }
+}
+
+fn least_times(
+    types: &[u32],
+    unknown: Vec<LayoutTiming>,
+    n_threads: u32,
+) -> Result<Option<Vec<LayoutTiming>>> {
+    let stopwatch = Stopwatch::new(types, n_threads)?;
+    least_in_calm(n_threads, BUDGET, unknown, |least| {
         least.iter_mut().enumerate().try_for_each(|(place, timing)| {
             stopwatch.time(place, false, &mut timing.as_in_file)?;
             stopwatch.time(place, true, &mut timing.anew)
