@@ -141,6 +141,7 @@ fn compile_shim(llama: &Path) {
                 "chat",
                 "chat_options",
                 "grammar",
+                "layouts",
                 "llama",
                 "probe",
                 "samplers",

@@ -30,7 +30,7 @@ MAY_IMPORT = {
         *("_prompt", "errors", "model", "params", "results", "tools"),
     },
     "pin": {"_courier"},
-    "_cache": set(),
+    "_cache": {"errors"},
     "_trial": {"_core"},
     "backends/_note": {"_cache", "_core"},
     "backends/__init__": {"._note", "_cache", "_core", "_trial", "errors"},
@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "backends/_build": {
         *("._note", "._tools", "_core", "_native", "_trial", "backends", "errors"),
     },
-    "_attention": {"_cache", "_native", "errors"},
+    "_attention": {"_cache", "_native"},
+    "_layouts": {"_cache", "_native"},
     "_log": {"_core", "_courier"},
     "_courier": {"_core", "errors", "results", "schema"},  # two of them for type checkers only
     "_prompt": {"errors"},
@@ -47,7 +48,9 @@ MAY_IMPORT = {
     "stream": {"_courier", "errors", "results", "schema"},  # the schema for type checkers only
     "_crowd": {"_courier", "errors", "results", "stream"},
     "hardware": {"_native", "backends", "errors"},  # the backends for type checkers only
-    "placement/_estimate": {"_attention", "_core", "errors", "hardware", "params"},
+    "placement/_estimate": {
+        *("_attention", "_core", "_layouts", "errors", "hardware", "params"),
+    },
     "placement/__init__": {"._estimate", "_core", "errors", "hardware", "params"},
     "advice": {"errors", "hardware", "params"},
     "placement/_ledger": {  # placement for type checkers only

@@ -92,6 +92,7 @@ def doctor(model: str | None = None) -> None:
     for name, fact in facts.items():
         print(f"{name:18} {fact}")
     print(attention_table())
+    print(layouts_table())
     if model is not None:
         print(placement_table(model, machine))
 
@@ -152,6 +153,23 @@ def attention_table() -> str:
             f" {gain:.2f} times as fast as {'+'.join(own)}",
             f"    {', '.join(seen)}",
         ]
+    return "\n".join(lines)
+
+
+def layouts_table() -> str:
+    """What was measured on this machine of weights in a file, and of the same laid out anew."""
+    from . import _layouts
+
+    if not (measured := _layouts.measured()):
+        return "layouts            not measured yet; the first load of a model does"
+    lines = ["layouts            of 1 MiB of weights here: µs for a token read + written"]
+    for work, times in sorted(measured.items()):
+        gain = _layouts.cost(times.in_file) / _layouts.cost(times.anew)
+        in_file, anew = (f"{read:.1f} + {write:.0f}" for read, write in times)
+        lines.append(
+            f"  {work.type}, threads {work.n_threads}: as in the file {in_file},"
+            f" laid out anew {anew}, {gain:.2f} times as fast"
+        )
     return "\n".join(lines)
 
 

@@ -10,13 +10,11 @@ second or so, once for each machine, while a context could not change its mind a
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from typing import NamedTuple
 
 from . import _native
-from ._cache import Cache
-from .errors import InvalidRequestError
+from ._cache import Cache, may_calibrate
 
 Choice = tuple[str, str]
 """`flash_attn` and `kv_type`."""
@@ -68,8 +66,8 @@ def times_of(work: Work) -> Times | None:
     """
     with _measuring:
         if work not in _known:
-            may_measure = _may_measure()  # a wrong setting is told also where nothing depends on it
-            _known[work] = measured().get(work) or (_measure(work) if may_measure else None)
+            is_allowed = may_calibrate()  # a wrong setting is told where nothing depends on it, too
+            _known[work] = measured().get(work) or (_measure(work) if is_allowed else None)
         return _known[work]
 
 
@@ -113,14 +111,6 @@ def _measure(work: Work) -> Times | None:
     else:
         _cache().keep(" ".join(map(str, work)), {"+".join(c): t for c, t in times.items()})
     return times
-
-
-def _may_measure() -> bool:
-    wanted = os.environ.get("TABAGENT_CALIBRATE") or "1"
-    if wanted not in ("0", "1"):
-        message = f"`TABAGENT_CALIBRATE` must be 0 or 1, got {wanted}"
-        raise InvalidRequestError(message, name="TABAGENT_CALIBRATE")
-    return wanted == "1"
 
 
 def _cache(module: str | None = None) -> Cache:

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .errors import InvalidRequestError
+
 
 class Cache:
     """One such file: for each machine and installation, facts by their names."""
@@ -49,3 +51,12 @@ class Cache:
         except (OSError, ValueError):
             return {}
         return facts if isinstance(facts, dict) else {}
+
+
+def may_calibrate() -> bool:
+    """Whether what nobody found out yet may be measured now."""
+    wanted = os.environ.get("TABAGENT_CALIBRATE") or "1"
+    if wanted not in ("0", "1"):
+        message = f"`TABAGENT_CALIBRATE` must be 0 or 1, got {wanted}"
+        raise InvalidRequestError(message, name="TABAGENT_CALIBRATE")
+    return wanted == "1"

@@ -33,6 +33,7 @@ __all__ = [
     "list_devices",
     "load_gpu_backend",
     "measure_attention",
+    "measure_layouts",
     "memory_info",
     "probe_cpu_module",
     "probe_gpu_backend",
@@ -74,7 +75,7 @@ class PyModel:
     ) -> None:
         """Read a model file. `progress` gets 0.0 to 1.0; returning False stops the load.
 
-        `repack` lays weights out anew for the CPU; None does it where it pays. `tensor_split` says
+        `repack` lays weights out anew for the CPU; None: by the built-in rule. `tensor_split` says
         how much of the model each GPU gets, in any unit; None: by their free memory. `file` is the
         header of this file, where it was just read, so that it need not be read again.
 
@@ -417,6 +418,16 @@ def measure_attention(
     """Time one layer on the CPU, in about a second at most. None: the machine was busy.
 
     By `flash_attn` and `kv_type`: microseconds for a token of a prompt, and for one of the answer.
+    """
+
+def measure_layouts(
+    types: list[str], n_threads: int
+) -> dict[str, tuple[tuple[float, float], tuple[float, float]]] | None:
+    """Time products on the CPU in less than half a second. None: the machine was busy.
+
+    By the type of the weights, as they lie in a file and laid out anew: microseconds of a mebibyte
+    of them for a token of a prompt, and for one of the answer. Types with no other layout are left
+    out.
     """
 
 def take_log() -> list[tuple[Literal["debug", "info", "warning", "error"], str]]:

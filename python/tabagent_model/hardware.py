@@ -50,7 +50,8 @@ class Cpu:
     layouts: dict[str, float] = field(default_factory=dict, hash=False)
     """Types of weights that the module lays out anew, and what each byte of them becomes."""
     keeps_k_quants: bool = False
-    """K-quants stay in the file's layout all the same, because the module is faster so."""
+    """K-quants stay in the file's layout all the same, unless it was measured that they had better
+    not."""
 
 
 @dataclass(frozen=True)

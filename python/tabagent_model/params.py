@@ -147,8 +147,8 @@ class ModelConfig(_Config):
     use_mmap: bool = True
     use_mlock: bool = False
     repack: bool | Literal["auto"] = "auto"
-    """Lay weights out anew for the CPU, in memory of our own; "auto": where that computes faster.
-    Without, loading copies nothing, and processes share the file's memory."""
+    """Lay weights out anew for the CPU, in memory of our own; "auto": where that was measured to be
+    faster. Without, loading copies nothing, and processes share the file's memory."""
     flash_attn: FlashAttention = "auto"
     """"auto": what was measured to be the fastest on this CPU; on a GPU llama.cpp decides."""
     kv_type: KvType = "auto"

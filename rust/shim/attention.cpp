@@ -1,10 +1,8 @@
 // Times the attention of one layer on the CPU: the graph that llama.cpp builds for it (build_attn in
 // llama-graph.cpp, cpy_k and cpy_v in llama-kv-cache.cpp), without a model around it.
-#include "cpu.h"
-#include "guard.h"
+#include "stopwatch.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <ctime>
@@ -12,18 +10,7 @@
 
 namespace {
 
-// Between two looks at a layer's cache llama.cpp reads all the other layers and the weights, so it
-// is never found in the processor's caches. Here each layer that is timed lies further on in a ring.
-constexpr size_t RING_BYTES = 64 << 20;
-constexpr size_t ALIGNMENT  = 4096;
-
-// The threads stay awake from one look to the next, as they do from step to step: waking them up
-// takes longer than a single row does, which is also looked at in several layers.
-constexpr uint32_t POLL              = 50;
-constexpr int      LAYERS_OF_ONE_ROW = 4;
-
-// A small number in each of f32, f16 and bf16. How long a product takes does not depend on it.
-constexpr uint8_t BYTE_OF_ALL_NUMBERS = 0x3c;
+constexpr size_t ALIGNMENT = 4096;
 
 }  // namespace
 
@@ -31,11 +18,8 @@ struct ta_attention {
     ta_attention_shape shape;
     size_t             next = 0;
 
-    // The backend computes on the pool, and goes before it.
-    std::unique_ptr<ta_pool>   pool;
-    Owned<ggml_backend>        backend;
+    Stopwatch                  stopwatch;
     Owned<ggml_backend_buffer> ring;
-    Owned<ggml_gallocr>        allocator;
 
     int64_t kv_width() const { return int64_t(shape.head_dim) * shape.n_head_kv; }
 
@@ -161,26 +145,12 @@ int ta_attention_new(const ta_attention_shape * shape, int32_t n_threads, ta_att
     return ta_guard(error, [&] {
         auto attention   = std::make_unique<ta_attention>();
         attention->shape = *shape;
-        ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-        attention->backend.reset(device ? ggml_backend_dev_init(device, nullptr) : nullptr);
-        auto set_threads = cpu_function<void (*)(ggml_backend_t, int)>("ggml_backend_set_n_threads");
-        auto set_pool = cpu_function<void (*)(ggml_backend_t, ggml_threadpool_t)>("ggml_backend_cpu_set_threadpool");
-        if (!attention->backend || !set_threads || !set_pool) {
-            return ta_fail(error, TA_REFUSED, "there is no CPU backend");
-        }
-        set_threads(attention->backend.get(), n_threads);
-        if (n_threads > 1) {
-            ta_pool * pool = nullptr;
-            if (const int status = ta_pool_new(n_threads, POLL, &pool, error)) {
-                return status;
-            }
-            attention->pool.reset(pool);
-            set_pool(attention->backend.get(), pool->threads);
+        if (const int status = attention->stopwatch.start(n_threads, error)) {
+            return status;
         }
         const size_t largest = size_t(attention->kv_width()) * shape->n_ctx * sizeof(float);
-        ggml_backend_buffer_type_t memory = ggml_backend_get_default_buffer_type(attention->backend.get());
+        ggml_backend_buffer_type_t memory = ggml_backend_get_default_buffer_type(attention->stopwatch.backend.get());
         attention->ring.reset(ggml_backend_buft_alloc_buffer(memory, std::max(RING_BYTES, 2 * largest)));
-        attention->allocator.reset(ggml_gallocr_new(memory));
         if (!attention->ring) {
             return ta_fail(error, TA_NO_MEMORY, "");
         }
@@ -209,17 +179,9 @@ int ta_attention_time(ta_attention * attention, const ta_attention_case * what, 
         for (int layer = 0; layer < layers; ++layer) {
             add_layer(*attention, *what, in, context.get(), graph);
         }
-        if (!ggml_gallocr_alloc_graph(attention->allocator.get(), graph)) {
-            return ta_fail(error, TA_NO_MEMORY, "");
-        }
-        in.fill(*attention, *what);
-        const auto begun = std::chrono::steady_clock::now();
-        if (ggml_backend_graph_compute(attention->backend.get(), graph) != GGML_STATUS_SUCCESS) {
-            return ta_fail(error, TA_REFUSED, "the attention could not be computed");
-        }
-        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begun;
-        *seconds = taken.count() / layers;
-        return int(TA_OK);
+        const int status = attention->stopwatch.time(graph, seconds, error, [&] { in.fill(*attention, *what); });
+        *seconds /= layers;
+        return status;
     });
 }
 

@@ -8,6 +8,7 @@
 #include "ggml.h"
 
 #include <memory>
+#include <vector>
 
 template <class F>
 F cpu_function(const char * name) {
@@ -36,3 +37,31 @@ struct Free {
 };
 template <class T>
 using Owned = std::unique_ptr<T, Free>;
+
+// The kinds of buffers with a layout of their own, in the order in which llama.cpp tries them.
+inline std::vector<ggml_backend_buffer_type_t> extra_buffer_types(ggml_backend_dev_t device) {
+    std::vector<ggml_backend_buffer_type_t> found;
+    auto extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
+    for (auto * type = extra ? extra(device) : nullptr; type && *type; ++type) {
+        found.push_back(*type);
+    }
+    return found;
+}
+
+// The kind in which llama.cpp lays a matrix like this one out anew; null where it leaves it as it is.
+inline ggml_backend_buffer_type_t relaid_buffer_type(ggml_backend_dev_t device, ggml_tensor * w) {
+    Owned<ggml_context> context(ggml_init({ggml_tensor_overhead() * 2, nullptr, true}));
+    ggml_tensor * x = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, w->ne[0], 32);
+    ggml_tensor * y = ggml_mul_mat(context.get(), w, x);
+    for (ggml_backend_buffer_type_t buffer_type : extra_buffer_types(device)) {
+        Owned<ggml_backend_buffer> empty(ggml_backend_buft_alloc_buffer(buffer_type, 0));
+        w->buffer          = empty.get();
+        const bool is_done = ggml_backend_dev_supports_op(device, y);
+        w->buffer          = nullptr;
+        if (is_done) {
+            return buffer_type;
+        }
+    }
+    return nullptr;
+}

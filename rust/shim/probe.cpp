@@ -108,17 +108,6 @@ bool multiply(ggml_backend_t backend, ggml_backend_buffer_type_t buffer_type, gg
     return true;
 }
 
-// The kinds of buffers with a layout of their own, in the order in which llama.cpp tries them.
-std::vector<ggml_backend_buffer_type_t> extra_buffer_types(ggml_backend_dev_t device) {
-    std::vector<ggml_backend_buffer_type_t> found;
-    auto extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
-    for (auto * type = extra ? extra(device) : nullptr; type && *type; ++type) {
-        found.push_back(*type);
-    }
-    return found;
-}
-
 // Multiplies on a device with each type of weights, one column at a time and many.
 void prove(ggml_backend_dev_t device) {
     Owned<ggml_backend> backend(ggml_backend_dev_init(device, nullptr));
@@ -141,20 +130,6 @@ void prove(ggml_backend_dev_t device) {
             }
         }
     }
-}
-
-// Whether the device multiplies with a matrix of this type in such a buffer, and how large it is there.
-double relaid_in(ggml_backend_dev_t device, ggml_backend_buffer_type_t buffer_type, ggml_type type) {
-    Owned<ggml_context>        context(ggml_init({ggml_tensor_overhead() * 3, nullptr, true}));
-    Owned<ggml_backend_buffer> empty(ggml_backend_buft_alloc_buffer(buffer_type, 0));
-    ggml_tensor * w = ggml_new_tensor_2d(context.get(), type, COLUMNS, ROWS);
-    ggml_tensor * x = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, COLUMNS, 32);
-    ggml_tensor * y = ggml_mul_mat(context.get(), w, x);
-    w->buffer       = empty.get();
-    if (!ggml_backend_dev_supports_op(device, y)) {
-        return 0;
-    }
-    return double(ggml_backend_buft_get_alloc_size(buffer_type, w)) / double(ggml_nbytes(w));
 }
 
 // What `attend` compares with: one query, one cell after the other.
@@ -256,12 +231,10 @@ int ta_relaid(int32_t type, double * factor, ta_error * error) noexcept {
         if (!device || type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size(ggml_type(type)) == 0) {
             return ta_fail(error, TA_REFUSED, "there is no CPU device, or no such type");
         }
-        *factor = 0;
-        for (ggml_backend_buffer_type_t buffer_type : extra_buffer_types(device)) {
-            if (*factor == 0) {
-                *factor = relaid_in(device, buffer_type, ggml_type(type));
-            }
-        }
+        Owned<ggml_context> context(ggml_init({ggml_tensor_overhead(), nullptr, true}));
+        ggml_tensor * w           = ggml_new_tensor_2d(context.get(), ggml_type(type), COLUMNS, ROWS);
+        auto          buffer_type = relaid_buffer_type(device, w);
+        *factor = buffer_type ? double(ggml_backend_buft_get_alloc_size(buffer_type, w)) / double(ggml_nbytes(w)) : 0;
         return int(TA_OK);
     });
 }

@@ -283,6 +283,18 @@ void ta_attention_free(ta_attention * attention) TA_NOEXCEPT;
 int ta_attention_time(ta_attention * attention, const ta_attention_case * what, double * seconds,
                       ta_error * error) TA_NOEXCEPT;
 
+// A stopwatch for products on the CPU, with weights of types that its module lays out anew (`ta_relaid`).
+typedef struct ta_layouts ta_layouts;
+
+int  ta_layouts_new(const int32_t * types, int32_t n_types, int32_t n_threads, ta_layouts ** out,
+                    ta_error * error) TA_NOEXCEPT;
+void ta_layouts_free(ta_layouts * layouts) TA_NOEXCEPT;
+
+// How long so many rows of input take for a byte of weights in a file, of the type that was named at this
+// place: with the weights as they are there, or laid out anew. Calls are not to overlap.
+int ta_layouts_time(ta_layouts * layouts, int32_t place, bool anew, int32_t rows, double * seconds,
+                    ta_error * error) TA_NOEXCEPT;
+
 // For tests of our sampler: a chain of llama.cpp's own, by name and in this order, hears the history
 // and then gets one row of logits after the other. What it leaves of the last row comes back; there
 // is room for `n_vocab` of them. rust/shim/samplers.cpp says which values belong to which name.

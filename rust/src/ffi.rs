@@ -143,6 +143,11 @@ pub(crate) struct AttentionCase {
     pub n_kv: i32,
 }
 
+#[repr(C)]
+pub(crate) struct ShimLayouts {
+    _opaque: [u8; 0],
+}
+
 unsafe extern "C" {
     pub(crate) fn ta_thread_computes(does: bool);
     pub(crate) fn ta_pool_new(
@@ -316,6 +321,22 @@ unsafe extern "C" {
     pub(crate) fn ta_attention_time(
         attention: *mut ShimAttention,
         case: *const AttentionCase,
+        seconds: *mut f64,
+        error: *mut ShimError,
+    ) -> c_int;
+    pub(crate) fn ta_layouts_new(
+        types: *const i32,
+        n_types: i32,
+        n_threads: i32,
+        out: *mut *mut ShimLayouts,
+        error: *mut ShimError,
+    ) -> c_int;
+    pub(crate) fn ta_layouts_free(layouts: *mut ShimLayouts);
+    pub(crate) fn ta_layouts_time(
+        layouts: *mut ShimLayouts,
+        place: i32,
+        anew: bool,
+        rows: i32,
         seconds: *mut f64,
         error: *mut ShimError,
     ) -> c_int;

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tabagent_model import Model
+from tabagent_model import Model, ModelConfig, _core, _layouts, estimate, hardware
+from tabagent_model.placement._estimate import Header
 
 pytestmark = pytest.mark.model
 
@@ -50,6 +53,40 @@ def test_whether_weights_are_laid_out_anew_can_be_said_and_seen():
     for repack in (True, False):
         with load(repack=repack) as model:
             assert model.info()["is_repacked"] is repack
+
+
+@pytest.fixture
+def bundled_types() -> list[str]:
+    """Those of its weights that the CPU module lays out anew; some modules lay none out."""
+    layers = Header(ModelConfig().path).sizes["layers"]
+    return sorted(set(layers[0]["matrices"]) & set(hardware.detect().cpu.layouts))
+
+
+def test_a_measurement_covers_the_bundled_model_or_says_that_the_machine_is_busy(bundled_types):
+    found = _core.measure_layouts([*bundled_types, "F16", "Q9_9"], 1)
+    if found is not None:
+        assert sorted(found) == bundled_types
+        assert all(time > 0 for times in found.values() for pace in times for time in pace)
+
+
+@pytest.mark.parametrize("anew_is_faster", [True, False])
+def test_what_is_remembered_of_layouts_decides_the_load_and_its_estimate(
+    anew_is_faster: bool,
+    bundled_types: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
+    monkeypatch.setattr(_layouts, "_known", {})
+    times = [[10, 40], [5, 20]] if anew_is_faster else [[5, 20], [10, 40]]
+    for kind in bundled_types:
+        _layouts._cache().keep(f"{kind} 1", times)
+    expected = estimate(n_ctx=256, max_parallel=1, n_threads=1, device="cpu")
+    with load() as model:
+        found = model.info()["is_repacked"]
+    is_repacked = anew_is_faster or not bundled_types
+    assert (found, expected.is_repacked) == (is_repacked, is_repacked)
+    assert (expected.on("cpu").weights > 0) is bool(anew_is_faster and bundled_types)
 
 
 @pytest.mark.parametrize(("flash_attn", "kv_type"), [*CHOICES, ("on", "bf16"), ("on", "q8_0")])

@@ -49,7 +49,8 @@ def _opened(
     config: ModelConfig, progress: Callable[[float], bool], climb: _Climb, rung: Rung
 ) -> tuple[Context, PyModel]:
     gpu = gpu_settings(config, climb.machine, rung.estimate)
-    model = _model(config, progress, {**gpu, "file": climb.header.file})
+    settled = {"repack": rung.estimate.is_repacked, "file": climb.header.file}
+    model = _model(config, progress, {**gpu, **settled})
     try:
         context = _context_of(model, config, rung)
     except BaseException:
@@ -68,7 +69,6 @@ def _model(
         mlock=config.use_mlock,
         mmap=config.use_mmap,
         vocab_only=config.vocab_only,
-        repack=None if isinstance(config.repack, str) else config.repack,
         progress=progress,
         **further,
     )

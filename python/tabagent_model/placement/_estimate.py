@@ -8,7 +8,9 @@ every layer is counted as if it had attention and a state, and latent attention.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
@@ -71,6 +73,8 @@ class Estimate:
     max_parallel: int
     flash_attn: str
     kv_type: str
+    is_repacked: bool
+    """Weights on the CPU are laid out anew, where it has another layout for them."""
     shares: tuple[Share, ...]
 
     @property
@@ -153,13 +157,16 @@ class _Estimating:
         self.splits = self._splits()
 
     def settle(self, may_measure: bool) -> Estimate:
-        weights = self._weights()
+        is_repacked = self._is_repacked(may_measure)
+        weights = self._weights(is_repacked)
         free = self._free_for_context(weights)
         flash_attn, kv_type = self._attention(free, may_measure)
         settings = self._settings(flash_attn, kv_type)
         n_ctx, _ = self.file.fit(settings)
         max_parallel, _, cache = self.file.plan(settings, free)
-        estimate = Estimate(self.gpu_layers, n_ctx, max_parallel, flash_attn, kv_type, ())
+        estimate = Estimate(
+            self.gpu_layers, n_ctx, max_parallel, flash_attn, kv_type, is_repacked, ()
+        )
         shares = []
         for at, share in enumerate(weights):
             is_cpu = at == 0
@@ -202,21 +209,19 @@ class _Estimating:
 
     # What it takes
 
-    def _weights(self) -> list[Share]:
-        shares = [self._cpu_weights()]
+    def _weights(self, is_repacked: bool) -> list[Share]:
+        shares = [self._cpu_weights(is_repacked)]
         for at, gpu in enumerate(self.wish.gpus if self.gpu_layers else (), start=1):
             taken = sum(part["bytes"] for part in self._parts(at))
             shares.append(Share(gpu.device or "gpu", weights=taken))
         return shares
 
-    def _cpu_weights(self) -> Share:
+    def _cpu_weights(self, is_repacked: bool) -> Share:
         parts = self._parts(0)
-        anew, moved = 0.0, 0
-        layouts = self.machine.cpu.layouts if self._is_repacked() else {}
-        for part in parts:
-            for kind, size in part["matrices"].items():
-                anew += size * layouts.get(kind, 0.0)
-                moved += size if kind in layouts else 0
+        layouts = self.machine.cpu.layouts if is_repacked else {}
+        sizes = self._relaid_sizes() if is_repacked else {}
+        anew = sum(size * layouts[kind] for kind, size in sizes.items())
+        moved = sum(sizes.values())
         mapped = sum(part["bytes"] for part in parts)
         if self.sizes["output"] in parts:
             mapped -= self.sizes["shared_bytes"]  # the embedding, counted twice
@@ -226,11 +231,28 @@ class _Estimating:
             return Share("cpu", weights=int(anew), mapped=mapped - moved)
         return Share("cpu", weights=int(anew) + mapped - moved)
 
-    def _is_repacked(self) -> bool:
+    def _relaid_sizes(self) -> dict[str, int]:
+        """Bytes on the CPU for which it has another layout, by their types."""
+        sizes: Counter[str] = Counter()
+        for part in self._parts(0):
+            sizes.update(part["matrices"])
+        return {kind: size for kind, size in sizes.items() if kind in self.machine.cpu.layouts}
+
+    def _is_repacked(self, may_measure: bool) -> bool:
+        """As it is loaded then: what was measured is of this machine, and others have the rule."""
+        from .. import _layouts
+
         if isinstance(self.config.repack, bool):
             return self.config.repack
-        keeps = self.machine.cpu.keeps_k_quants and "_K" in self.facts["quantization"]
-        return not keeps
+        cpu = self.machine.cpu
+        built_in = not (cpu.keeps_k_quants and "_K" in self.facts["quantization"])
+        sizes = self._relaid_sizes()
+        if not sizes or cpu.name != _this_processor():
+            return built_in
+        _, n_threads = self.file.fit(self._settings("auto", "auto"))
+        return _layouts.choose(
+            sizes, n_threads, built_in, may_measure=may_measure, module=cpu.module
+        )
 
     def _free_for_context(self, weights: list[Share]) -> int | None:
         """What is left when the weights are there: on the CPU, or where it is tightest."""
@@ -302,6 +324,12 @@ class _Estimating:
         has_words = self.facts["tokenizer"] != "none"
         words: int = self.facts["n_vocab"] + self.sizes["n_merges"] if has_words else 0
         return words * BYTES_PER_WORD + BYTES_OF_BOOKKEEPING
+
+
+@functools.cache
+def _this_processor() -> str:
+    name: str = _core.detect_cpu()["brand"]
+    return name
 
 
 def _padded(n_ctx: int) -> int:

@@ -5,11 +5,12 @@
 //! measured is remembered, and compared, in Python (`_attention.py`); without it there is a built-in
 //! rule.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::plan::Plan;
 use super::pool::Turn;
 use super::runner::N_CTX_STEP;
+use super::stopwatch::least_in_calm;
 use super::{threads_of, trained};
 use crate::config::{ContextConfig, FlashAttention, KvType};
 use crate::error::{Error, Result};
@@ -183,28 +184,16 @@ impl FlashAttention {
     }
 }
 
-/// Windows without a neighbour are enough when there were so many, and hopeless after so many others.
-const NUM_CALM: u32 = 3;
-const NUM_BUSY: u32 = 3;
-const WINDOW: Duration = Duration::from_millis(60);
 const BUDGET: Duration = Duration::from_millis(900);
-/// With less CPU time than this share of what the threads could have had, somebody else had it.
-const CALM: f64 = 0.9;
 
 /// Times every attention on the CPU, in about a second at most. None: the machine was busy.
 pub fn measure(heads: Heads, n_ctx: u32, n_threads: u32) -> Result<Option<Vec<Timing>>> {
     let n_threads = n_threads.clamp(1, 512);
     let mut stopwatch = Stopwatch::new(heads.check()?, depth(n_ctx), n_threads)?;
-    let mut least = ALL.map(Timing::unknown);
-    let (mut num_calm, mut num_busy) = (0, 0);
-    let begun = Instant::now();
-    while num_calm < NUM_CALM && num_busy < NUM_BUSY && begun.elapsed() < BUDGET {
-        match stopwatch.window(least, n_threads)? {
-            Some(seen) => (least, num_calm) = (seen, num_calm + 1),
-            None => num_busy += 1,
-        }
-    }
-    Ok((num_calm > 0).then(|| least.to_vec()))
+    let least = least_in_calm(n_threads, BUDGET, ALL.map(Timing::unknown), |least| {
+        least.iter_mut().try_for_each(|timing| stopwatch.time(timing))
+    })?;
+    Ok(least.map(Vec::from))
 }
 
 impl Timing {
@@ -232,23 +221,6 @@ impl Stopwatch {
             ffi::ta_attention_new(&shape, n_threads as i32, &mut attention, error)
         })?;
         Ok(Stopwatch { attention, n_ctx })
-    }
-
-    /// All of them in turns, so that what comes and goes meets each. None: somebody else came.
-    fn window(&mut self, mut least: [Timing; 4], n_threads: u32) -> Result<Option<[Timing; 4]>> {
-        let (cpu, wall) = (ffi::cpu_time(), Instant::now());
-        while wall.elapsed() < WINDOW {
-            for timing in &mut least {
-                self.time(timing)?;
-                let (cpu, wall) = (ffi::cpu_time() - cpu, wall.elapsed());
-                let possible = wall.as_secs_f64() * f64::from(n_threads);
-                // The kernel counts in ticks, so the beginning says nothing.
-                if wall >= WINDOW && cpu.as_secs_f64() < CALM * possible {
-                    return Ok(None);
-                }
-            }
-        }
-        Ok(Some(least))
     }
 
     /// Keeps the least of what was seen before and now.

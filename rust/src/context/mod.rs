@@ -5,6 +5,7 @@ mod admission;
 mod attention;
 mod budget;
 mod core_waits;
+mod layouts;
 mod line;
 pub mod message;
 mod metrics;
@@ -19,6 +20,7 @@ mod scheduler;
 mod sequence;
 mod slots;
 mod state;
+mod stopwatch;
 mod text;
 
 /// The locks of `line.rs`, which its test replaces.
@@ -51,6 +53,7 @@ use state::Kind;
 pub use crate::ffi::MemoryUse;
 pub use attention::{ALL as ATTENTIONS, Attention, Heads, Options, Timing, measure};
 pub use budget::Budget;
+pub use layouts::{LayoutPace, LayoutTiming, measure_layouts};
 pub use metrics::{Distribution, Metrics, SlotView};
 pub use pace::Pace;
 pub use plan::Plan;

@@ -135,12 +135,12 @@ unsafe extern "C" fn heard(fraction: f32, hear: *mut c_void) -> bool {
     catch_unwind(AssertUnwindSafe(|| hear(fraction))).unwrap_or(false)
 }
 
-/// Whether weights are better laid out anew for the CPU.
+/// Whether weights are better laid out anew for the CPU, where nothing was measured (`_layouts.py`).
 ///
 /// They are, except K-quants with AVX512_VNNI where our own layouts are turned off: left as they are,
 /// ggml's tiled kernels read prompts 1.8 to 2.6 times as fast, while a single row takes 1.04 to 1.19 times
 /// as long (docs/performance.md); and loading copies nothing, and processes share the file's memory.
-/// AMX has a layout of its own, which nothing was measured against.
+/// AMX has a layout of its own, which we had no processor to compare with.
 fn repack_pays(description: &gguf::Description) -> bool {
     !(k_quants_stay() && description.quantization.contains("_K"))
 }

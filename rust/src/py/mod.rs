@@ -17,7 +17,7 @@ use std::time::Duration;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::context::{Heads, measure};
+use crate::context::{Heads, LayoutPace, measure, measure_layouts as layouts};
 use crate::{ffi, gguf, log, model as core};
 use convert::guarded;
 
@@ -43,7 +43,8 @@ mod _core {
     use super::*;
     #[pymodule_export]
     use super::{
-        inject, inspect_gguf, keep_last_line, measure_attention, put_log, start, stop_log, take_log,
+        inject, inspect_gguf, keep_last_line, measure_attention, measure_layouts, put_log, start,
+        stop_log, take_log,
     };
 
     #[pymodule_init]
@@ -83,10 +84,32 @@ fn measure_attention<'py>(
     let times = PyDict::new(py);
     for timing in measured {
         let choice = (timing.attention.flash_attn.name(), timing.attention.kv_type.name());
-        let micros = |time: Duration| time.as_secs_f64() * 1e6;
         times.set_item(choice, (micros(timing.prompt_token), micros(timing.answer_token)))?;
     }
     Ok(Some(times))
+}
+
+/// Microseconds of a mebibyte of weights for a token of a prompt and for one of the answer, by type: as in
+/// the file, and laid out anew.
+#[pyfunction]
+fn measure_layouts(
+    py: Python<'_>,
+    types: Vec<String>,
+    n_threads: u32,
+) -> PyResult<Option<Bound<'_, PyDict>>> {
+    let Some(measured) = guarded(py, || layouts(&types, n_threads))? else {
+        return Ok(None);
+    };
+    let times = PyDict::new(py);
+    for timing in measured {
+        let pair = |pace: LayoutPace| (micros(pace.prompt_token), micros(pace.answer_token));
+        times.set_item(timing.type_name, (pair(timing.as_in_file), pair(timing.anew)))?;
+    }
+    Ok(Some(times))
+}
+
+fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
 }
 
 #[pyfunction]
