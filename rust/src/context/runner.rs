@@ -321,6 +321,7 @@ impl LlamaRunner {
             self.forget_all();
             match outcome {
                 Outcome::Done | Outcome::Aborted => {}
+                Outcome::Exhausted => return Err(Error::StepMemory { device: self.device() }),
                 other => {
                     return Err(Error::internal(format!("the first decode failed: {other:?}")));
                 }
@@ -389,6 +390,7 @@ impl LlamaRunner {
             Ok(ffi::DECODE_EXHAUSTED) => Outcome::Exhausted,
             Ok(ffi::DECODE_REFUSED) => Outcome::Refused(self.misfits(batch)),
             Ok(status) => Outcome::Failed(format!("llama_decode gave {status}")),
+            Err(Error::Exhausted { .. }) => Outcome::Exhausted, // it threw
             Err(error) => Outcome::Failed(error.to_string()),
         }
     }
