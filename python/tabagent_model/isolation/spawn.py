@@ -46,9 +46,8 @@ def last_line(notes: int) -> str | None:
     begin = max(_LAST_LINE_BYTES, os.fstat(notes).st_size - _STDERR_BYTES)
     for where, size in ((begin, _STDERR_BYTES), (0, _LAST_LINE_BYTES)):
         text = os.pread(notes, size, where).replace(b"\0", b"").decode(errors="replace")
-        # Rust's "note: run with `RUST_BACKTRACE=1`" is for others.
-        lines = [line.strip() for line in text.splitlines() if not line.startswith("note: ")]
-        if lines := [line for line in lines if line]:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if lines := [line.strip() for line in lines if not line.startswith(_OF_BACKTRACES)]:
             return lines[-1]
     return None
 
@@ -114,3 +113,5 @@ _PROGRAM = (
 # behind them is what it wrote to its stderr.
 _LAST_LINE_BYTES = 1024
 _STDERR_BYTES = 4096
+# What Rust says behind the words that matter.
+_OF_BACKTRACES = ("note: run with", "skipping backtrace")
