@@ -69,7 +69,7 @@ MAY_IMPORT = {
     "isolation/child": {
         *(".frames", ".memory", ".spawn", "_core", "errors", "params", "placement._ledger"),
     },
-    "isolation/verdicts": {"_cache", "_native", "errors", "params"},
+    "isolation/verdicts": {"_cache", "_native", "errors", "params", "recovery"},
     "isolation/respawn": {
         *(".child", ".frames", ".spawn", ".verdicts", "_courier", "errors", "params"),
     },

@@ -94,6 +94,10 @@ def test_every_error_of_the_package_has_a_strategy():
         # A line of the log that says where something lies is no error of that device.
         (WorkerCrashedError("died", last_line="CUDA0 compute buffer"), Retry(1, 100), False, False),
         (WorkerCrashedError("died", last_line=None), Retry(1, 100), False, False),
+        (
+            WorkerCrashedError("died", last_line="memory allocation of 39 bytes failed"),
+            *(Retry(1, 100), False, True),
+        ),
         (ConnectionResetError(), Retry(3, 100), False, False),
         (TimeoutError(), Retry(2, 500), False, False),
         (MemoryError(), Fatal(), False, True),

@@ -48,7 +48,13 @@ def start() -> str:
             from . import backends  # its reasons for not loading one are of no use to an import
 
             name = choose()
-            core.start(str(backends.built_cpu_module(name, machine()) or LIBRARIES), name)
+            folder = str(backends.built_cpu_module(name, machine()) or LIBRARIES)
+            try:
+                core.start(folder, name)
+            except InvalidRequestError:  # it was opened before, to be asked how well it suits
+                message = f"the CPU module {name} in `{folder}` can no longer be opened"
+                hint = "close what is not needed, or raise the limit that `ulimit -a` shows"
+                raise BackendError(message, hint=hint) from None
             _log().info("llama.cpp %s with the CPU module %s", core.LLAMA_CPP_VERSION, name)
             _gpu_backends = backends.load()
             _module = name

@@ -156,7 +156,9 @@ _GPU = re.compile(
     re.IGNORECASE,
 )
 _NO_MEMORY = re.compile(
-    r"out of memory|OutOf(Device|Host)?Memory|failed to allocate", re.IGNORECASE
+    r"out of memory|OutOf(Device|Host)?Memory|failed to allocate"
+    r"|memory allocation of \d+ bytes failed|bad_alloc|mem_buffer != NULL",  # Rust, C++, ggml
+    re.IGNORECASE,
 )
 
 

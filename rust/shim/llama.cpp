@@ -433,6 +433,21 @@ int ta_backend_load(const char * path, ta_error * error) noexcept {
     });
 }
 
+int ta_module_score(int (*ask)(void), int * score, ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        *score = ask();
+        return int(TA_OK);
+    });
+}
+
+int ta_model_load(const char * path, const llama_model_params * params, llama_model ** out,
+                  ta_error * error) noexcept {
+    return ta_guard(error, [&] {
+        *out = llama_model_load_from_file(path, *params);
+        return int(TA_OK);
+    });
+}
+
 int ta_throw(ta_error * error) noexcept {
     return ta_guard(error, []() -> int { throw std::runtime_error("thrown on purpose"); });
 }

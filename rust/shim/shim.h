@@ -30,6 +30,7 @@ typedef struct ta_error {
 } ta_error;
 
 struct llama_model;
+struct llama_model_params;
 struct llama_vocab;
 
 // Threads to compute on. One context at a time uses them; a pool outlives its contexts.
@@ -208,6 +209,13 @@ bool ta_answer_text(const ta_answer * answer, int what, size_t index, const char
 int ta_forget_mapped(const struct llama_model * model, ta_error * error) TA_NOEXCEPT;
 
 int ta_backend_load(const char * path, ta_error * error) TA_NOEXCEPT;
+
+// What a CPU module says of this processor: its own `ggml_backend_score`, which allocates.
+int ta_module_score(int (*ask)(void), int * score, ta_error * error) TA_NOEXCEPT;
+
+// `params` are llama.cpp's own. NULL with TA_OK: it said why not in its log.
+int ta_model_load(const char * path, const struct llama_model_params * params, struct llama_model ** out,
+                  ta_error * error) TA_NOEXCEPT;
 
 // Multiplies a small matrix of each weight type on the CPU module that is loaded, in every kind of
 // buffer that it offers. It dies where the module does: for a throw-away child process.

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::time::Duration;
 
-use llama_cpp_sys_2::{llama_model, llama_vocab};
+use llama_cpp_sys_2::{llama_model, llama_model_params, llama_vocab};
 
 use crate::error::{Error, Result};
 
@@ -343,6 +343,17 @@ unsafe extern "C" {
     fn ta_cpu_has(feature: *const c_char, error: *mut ShimError) -> c_int;
     fn ta_cpu_seconds() -> f64;
     fn ta_backend_load(path: *const c_char, error: *mut ShimError) -> c_int;
+    fn ta_module_score(
+        ask: unsafe extern "C" fn() -> c_int,
+        score: *mut c_int,
+        error: *mut ShimError,
+    ) -> c_int;
+    fn ta_model_load(
+        path: *const c_char,
+        params: *const llama_model_params,
+        out: *mut *mut llama_model,
+        error: *mut ShimError,
+    ) -> c_int;
     fn ta_forget_mapped(model: *const llama_model, error: *mut ShimError) -> c_int;
     fn ta_attend(asked: *const Attended, off: *mut f64, error: *mut ShimError) -> c_int;
     fn ta_relaid(kind: i32, factor: *mut f64, error: *mut ShimError) -> c_int;
@@ -404,6 +415,29 @@ pub(crate) fn call_or(
 pub(crate) fn load_backend(path: &CStr) -> Result<()> {
     // SAFETY: a zero-terminated string that outlives the call.
     call(|error| unsafe { ta_backend_load(path.as_ptr(), error) }).map(drop)
+}
+
+/// # Safety
+/// The function is a module's, which stays loaded meanwhile.
+pub(crate) unsafe fn module_score(ask: unsafe extern "C" fn() -> c_int) -> Result<i32> {
+    let mut score = 0;
+    // SAFETY: as this function demands.
+    call(|error| unsafe { ta_module_score(ask, &mut score, error) })?;
+    Ok(score)
+}
+
+/// NULL where llama.cpp's log says why not.
+///
+/// # Safety
+/// The backend has started, and what the parameters point to outlives the call.
+pub(crate) unsafe fn load_model(
+    path: &CStr,
+    params: &llama_model_params,
+) -> Result<*mut llama_model> {
+    let mut model = std::ptr::null_mut();
+    // SAFETY: as this function demands.
+    call(|error| unsafe { ta_model_load(path.as_ptr(), params, &mut model, error) })?;
+    Ok(model)
 }
 
 pub(crate) fn probe_cpu() -> Result<()> {

@@ -6,7 +6,7 @@
 //!   └─ context              requests in, events out; one owner thread for each llama.cpp context
 //!        ├─ constraint      what an answer has to be
 //!        └─ model           open weights and vocabulary
-//!             └─ gguf, hardware, config, log, ffi (the shim) ─ error
+//!             └─ gguf, hardware, config, log, ffi (the shim), reserve ─ error
 //! ```
 //!
 //! A request goes down as a `Command` and comes back as `Event`s; there is no third way.
@@ -24,5 +24,12 @@ pub mod log;
 pub mod model;
 #[cfg(feature = "python")]
 mod py;
+#[cfg(any(feature = "python", test))]
+mod reserve;
 #[cfg(unix)]
 pub mod wire;
+
+/// Of the Python module alone: a Rust program chooses its own.
+#[cfg(feature = "python")]
+#[global_allocator]
+static ALLOCATOR: reserve::Patient = reserve::Patient::new();

@@ -23,8 +23,10 @@ from tabagent_model import (
     recovery,
     strategy_for,
 )
-from tabagent_model.isolation import remote, respawn, verdicts
+from tabagent_model.isolation import remote, respawn, spawn, verdicts
 from workers import ANSWER, children, is_alive, pid_of, until
+
+NO_ROOM = "memory allocation of 3 bytes failed"
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no workers here")
 
@@ -61,6 +63,25 @@ def test_a_death_is_one_error_for_each_and_the_next_request_is_answered(
     assert pid_of(model) != before
     assert not is_alive(before)
     assert model.metrics()["worker_restarts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("", None),
+        ("a.c:1: GGML_ASSERT(a) failed\n", "a.c:1: GGML_ASSERT(a) failed"),
+        (
+            "first\n\nmemory allocation of 3 bytes failed\nnote: run with `RUST_BACKTRACE=1`\n",
+            NO_ROOM,
+        ),
+        (f"{NO_ROOM}\nskipping backtrace printing to avoid potential recursion\n", NO_ROOM),
+    ],
+)
+def test_the_last_words_are_those_that_say_what_happened(said: str, words: str | None):
+    notes = spawn.new_notes()
+    os.write(notes, said.encode())
+    assert spawn.last_line(notes) == words
+    os.close(notes)
 
 
 def test_the_third_death_within_a_minute_is_a_quarantine_until_a_probe_goes_well(model: Model):

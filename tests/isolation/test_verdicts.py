@@ -41,8 +41,11 @@ def is_quarantined() -> bool:
 
 
 def death(how: str) -> WorkerCrashedError:
-    signal = "SIGKILL" if how == "hung" else how
-    return WorkerCrashedError(f"it died of {how}", signal=signal, was_hanging=how == "hung")
+    signal = {"hung": "SIGKILL", "no memory": "SIGABRT"}.get(how, how)
+    words = "memory allocation of 39 bytes failed" if how == "no memory" else None
+    return WorkerCrashedError(
+        f"it died of {how}", signal=signal, was_hanging=how == "hung", last_line=words
+    )
 
 
 # Which deaths are remembered
@@ -55,6 +58,7 @@ def death(how: str) -> WorkerCrashedError:
         (["hung", "hung", "SIGBUS"], True),
         (["SIGKILL", "SIGKILL", "SIGKILL"], False),
         (["SIGSEGV", "SIGTERM", "SIGSEGV"], False),
+        (["no memory", "no memory", "no memory"], False),
     ],
     ids=str,
 )

@@ -110,7 +110,7 @@ def test_a_chat_that_is_content_only_comes_as_text(model: Model):
 
 
 def test_a_prompt_of_a_worker_that_died_is_written_out_again(model: Model):
-    request = model._chat_request("think", None, {})
+    [request] = model._chat_requests("think", None, {})
     request.prompt()  # type: ignore[operator]
     first = pid_of(model)
     os.kill(first, signal.SIGKILL)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -308,6 +310,112 @@ def test_memory_that_is_refused_n_times_is_had_further_down_the_ladder(
     left[0] = 0
     with Model.load(**fields) as model:
         assert model.info()["failed_rungs"] == []
+
+
+# One allocation of the engine's that fails: the n-th since a load began, of some 16,000. Python has
+# memory of its own, and always gets it.
+FAILING_MALLOC = Path(__file__).with_name("failing_malloc.c")
+NTH = sorted({round(16_000 ** (step / 24)) for step in range(25)})
+ARMED = """
+import ctypes
+
+def armed(nth, work):
+    preloaded = ctypes.CDLL(None)
+    preloaded.arm(ctypes.c_long(int(nth)), ctypes.c_long(1))
+    try:
+        return work()
+    finally:
+        preloaded.disarm()
+"""
+
+
+@pytest.fixture(scope="module")
+def failing_malloc(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A library for LD_PRELOAD."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler here")
+    library = tmp_path_factory.mktemp("preloaded") / "failing_malloc.so"
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", library, FAILING_MALLOC, "-ldl"]
+    compiled = subprocess.run(command, capture_output=True, text=True, check=False)
+    if compiled.returncode:
+        pytest.skip(f"no malloc can be preloaded here: {compiled.stderr:.200}")
+    return str(library)
+
+
+# The library is for the worker alone; the one that answers next has none.
+WORKERS_WITHOUT_MEMORY = """
+from tabagent_model.isolation import spawn
+
+FIELDS |= {"flash_attn": "on", "kv_type": "f16"}  # nothing is measured, so there are as many
+healthy, outcomes = spawn._PROGRAM, []
+for nth in sys.argv[4:]:
+    os.environ |= {"LD_PRELOAD": sys.argv[2], "NTH": nth}
+    spawn._PROGRAM = sys.argv[3]
+    outcome = tried(load)
+    del os.environ["LD_PRELOAD"]
+    spawn._PROGRAM = healthy
+    outcomes.append(proven(outcome))
+print(json.dumps(outcomes))
+"""
+WORKER_WITHOUT_MEMORY = f"""
+import json, os, sys; sys.path[:] = json.loads(sys.argv[1])
+from tabagent_model.isolation import worker
+from tabagent_model._loading import load_here
+{ARMED}
+def load(config, progress):
+    return armed(os.environ["NTH"], lambda: load_here(config, progress))
+
+worker.main(sys.argv[2:], load)
+"""
+
+
+def test_an_allocation_that_fails_in_the_load_of_a_worker_is_a_typed_error(
+    failing_malloc: str, run: Any
+):
+    """R02: most of them end the worker, and none the program."""
+    nths = [str(nth) for nth in NTH]
+    outcomes = run(WORKERS_WITHOUT_MEMORY, "process", failing_malloc, WORKER_WITHOUT_MEMORY, *nths)
+    assert len(outcomes) == len(NTH)
+    assert set(outcomes) <= {"ok", *MEMORY, *BY_ISOLATION["process"]}
+    assert set(outcomes) & MEMORY
+
+
+LOADS_WITHOUT_MEMORY = """
+FIELDS |= {"flash_attn": "on", "kv_type": "f16"}
+for nth in sys.argv[2:]:
+    print(json.dumps(proven(tried(lambda: armed(nth, load)))), flush=True)
+"""
+
+
+def test_an_allocation_that_fails_in_a_load_here_is_a_typed_error_unless_it_is_ggmls_own(
+    failing_malloc: str, tmp_path: Path
+):
+    """R02: and nobody is told that the file is damaged."""
+    program = HEADER + ARMED + LOADS_WITHOUT_MEMORY
+    outcomes: list[str] = []
+    while left := NTH[len(outcomes) :]:
+        ran = subprocess.run(
+            [sys.executable, "-c", program, "none", *map(str, left)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={
+                **os.environ,
+                "TABAGENT_HOME": str(tmp_path / "home"),
+                "TABAGENT_GPU_BACKEND": "none",
+                "LD_PRELOAD": failing_malloc,
+            },
+        )
+        outcomes += map(json.loads, ran.stdout.splitlines())
+        if ran.returncode:
+            assert ran.returncode == -signal.SIGABRT
+            assert re.search(r"ggml\.c:\d+: ", ran.stderr)
+            outcomes.append("abort")
+    assert set(outcomes) <= {"ok", *MEMORY, "BackendError", "abort"}
+    assert {"ok"} < set(outcomes) & {"ok", *MEMORY}
+    assert outcomes.count("abort") <= 1
 
 
 # Files and threads

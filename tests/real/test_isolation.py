@@ -23,6 +23,7 @@ from tabagent_model import (
     AsyncModel,
     Completion,
     Model,
+    ModelQuarantinedError,
     TabAgentModelError,
     WorkerCrashedError,
 )
@@ -264,6 +265,88 @@ def test_a_worker_may_die_at_any_moment(number: signal.Signals, moment: str, ref
         ask = eventually if moment == "idle" else reference_of
         assert ask(model) == reference
         assert model.metrics()["running"] == 0
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("number", SIGNALS[:3], ids=lambda number: number.name)
+def test_each_request_under_way_ends_once_with_a_death(
+    number: signal.Signals, reference: Completion, monkeypatch: pytest.MonkeyPatch
+):
+    """R08: four that are read, two that wait for a place, and nobody whose end came before."""
+    ends: list[tuple[int, str | None]] = []
+    hear = respawn.Keeper.next_events
+
+    def heard(keeper: respawn.Keeper) -> list[Any]:
+        events = hear(keeper)
+        last = (event for event in events if event.is_last)
+        ends.extend((e.request_id, e.error and type(e.error).__name__) for e in last)
+        return events
+
+    monkeypatch.setattr(respawn.Keeper, "next_events", heard)
+    with Model.load(**APART) as model:
+        first = model.stream(PROMPTS[0], **GREEDY)
+        assert first.collect() == reference
+        under_way = [model.stream(PROMPTS[0], **LONG) for _ in range(6)]
+        for stream in under_way[:4]:
+            next(stream)
+        os.kill(pid_of(model), number)
+        errors = []
+        for stream in under_way:
+            with pytest.raises(WorkerCrashedError) as caught:
+                stream.collect()
+            errors.append(caught.value)
+        again = model.stream(PROMPTS[0], **GREEDY)
+        assert again.collect() == reference
+    ids = [stream.request_id for stream in under_way]
+    assert [(error.signal, sorted(error.request_ids)) for error in errors] == [
+        (number.name, ids)
+    ] * 6
+    assert len(set(map(id, errors))) == 6  # each has one of its own, with a traceback of its own
+    assert ends == [
+        (first.request_id, None),
+        *((request_id, "WorkerCrashedError") for request_id in ids),
+        (again.request_id, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "is_of_the_file"),
+    [
+        ([signal.SIGSEGV, signal.SIGABRT, signal.SIGSEGV], True),
+        ([signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT], False),
+    ],
+    ids=["quarantine", "rest"],
+)
+def test_the_third_death_within_a_minute_is_the_last_until_a_probe_goes_well(
+    numbers: list[signal.Signals],
+    is_of_the_file: bool,
+    reference: Completion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """R08"""
+    monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
+    monkeypatch.setattr(respawn, "BACKOFF_S", 0.0)
+    for what in ("_crashes", "_resting", "_verdicts"):
+        monkeypatch.setattr(verdicts, what, {})
+    with Model.load(**APART) as model:
+        died = []
+        for number in numbers:
+            stream = model.stream(PROMPTS[0], **LONG)
+            next(stream)
+            os.kill(pid_of(model), number)
+            with pytest.raises(WorkerCrashedError) as caught:
+                stream.collect()
+            died.append((caught.value.signal, caught.value.request_ids == (stream.request_id,)))
+        assert died == [(number.name, True) for number in numbers]
+        for use in (lambda: reference_of(model), lambda: Model.load(**APART)):
+            with pytest.raises(ModelQuarantinedError, match=f"`{BUNDLED_MODEL.name}`") as refused:
+                use()
+            assert (refused.value.retry_after_s is None) == is_of_the_file
+            assert ("`probe=True`" in (refused.value.hint or "")) == is_of_the_file
+    for probe in (True, None):  # and what it found is remembered
+        with Model.load(**APART, probe=probe) as model:
+            assert reference_of(model) == reference
 
 
 def told(number: signal.Signals) -> str:

@@ -46,8 +46,9 @@ def last_line(notes: int) -> str | None:
     begin = max(_LAST_LINE_BYTES, os.fstat(notes).st_size - _STDERR_BYTES)
     for where, size in ((begin, _STDERR_BYTES), (0, _LAST_LINE_BYTES)):
         text = os.pread(notes, size, where).replace(b"\0", b"").decode(errors="replace")
-        if lines := text.strip().splitlines():
-            return lines[-1].strip()
+        lines = [line for line in text.splitlines() if line.strip()]
+        if lines := [line.strip() for line in lines if not line.startswith(_OF_BACKTRACES)]:
+            return lines[-1]
     return None
 
 
@@ -76,7 +77,8 @@ def spawned(command: list[str], socket: int, stderr: int) -> subprocess.Popen[by
                     stderr=stderr,
                     pass_fds=[socket],
                     start_new_session=True,  # Ctrl-C on the terminal is for us
-                    env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+                    # What an abort says is to be the last line.
+                    env={**os.environ, "GGML_NO_BACKTRACE": "1", "RUST_BACKTRACE": "0"},
                 )
             )
         except BaseException as error:
@@ -111,3 +113,5 @@ _PROGRAM = (
 # behind them is what it wrote to its stderr.
 _LAST_LINE_BYTES = 1024
 _STDERR_BYTES = 4096
+# What Rust says behind the words that matter.
+_OF_BACKTRACES = ("note: run with", "skipping backtrace")

@@ -8,7 +8,7 @@ this is a memory of accidents, not a guard against forgery.
 
 A verdict holds for what the worker computes with: another CPU module, GPU backend, driver or card
 is another matter. And it holds something against a file only where the file may be to blame: a
-worker that the system killed had no memory left, which may be otherwise tomorrow.
+worker that the system killed, or that was refused memory and said so, may have it tomorrow.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _native
 from .._cache import Cache
 from ..errors import ModelQuarantinedError, WorkerCrashedError
+from ..recovery import is_resource_exhaustion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +76,7 @@ class Verdict:
         """Too many within a short time are enough: for good, if the file may be to blame for each
         of them, otherwise for a rest, in this process alone."""
         now = time.monotonic()
-        is_of_file = crash.was_hanging or crash.signal not in KILLS
+        is_of_file = crash.was_hanging or not _had_no_memory(crash)
         with _lock:
             crashes = _crashes.setdefault(self._key, deque(maxlen=CRASHES))
             crashes.append((now, is_of_file))
@@ -115,6 +116,11 @@ class Verdict:
         with _lock:
             _verdicts[self._key] = verdict  # for where nothing can be written
             self._cache.keep(self._key, verdict)
+
+
+def _had_no_memory(crash: WorkerCrashedError) -> bool:
+    """By the way it ended, or by its last words."""
+    return crash.signal in KILLS or is_resource_exhaustion(crash)
 
 
 _lock = threading.Lock()

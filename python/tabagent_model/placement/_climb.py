@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tabagent_model")
 _MAY_BE_MEMORY = (OutOfMemoryError, ContextTooSmallError, ModelCorruptedError)
+# What the system, the C++ library and ggml say when memory is refused, in llama.cpp's last words.
+_IS_SHORTAGE = re.compile(
+    rf"{re.escape(os.strerror(errno.ENOMEM))}|bad_alloc|unable to allocate CPU\w* buffer"
+)
 
 
 def load(config: ModelConfig, progress: Callable[[float], bool]) -> tuple[Context | None, PyModel]:
@@ -42,7 +47,7 @@ def load(config: ModelConfig, progress: Callable[[float], bool]) -> tuple[Contex
             try:
                 return _opened(config, progress, climb, rung)
             except _MAY_BE_MEMORY as error:
-                climb.note(rung, _as_shortage(error, climb.model))
+                climb.note(rung, error)
 
 
 def _opened(
@@ -64,14 +69,17 @@ def _model(
     config: ModelConfig, progress: Callable[[float], bool], further: dict[str, Any]
 ) -> PyModel:
     model = _core.PyModel()
-    model.load(
-        config.path,
-        mlock=config.use_mlock,
-        mmap=config.use_mmap,
-        vocab_only=config.vocab_only,
-        progress=progress,
-        **further,
-    )
+    try:
+        model.load(
+            config.path,
+            mlock=config.use_mlock,
+            mmap=config.use_mmap,
+            vocab_only=config.vocab_only,
+            progress=progress,
+            **further,
+        )
+    except ModelCorruptedError as error:
+        raise _as_shortage(error, Path(config.path).stem) from None
     return model
 
 
@@ -94,7 +102,7 @@ def _context_of(model: PyModel, config: ModelConfig, rung: Rung) -> Context:
 def _as_shortage(error: TabAgentModelError, model: str) -> TabAgentModelError:
     """A file is not damaged because the system refused memory for it."""
     said = error.message.partition("llama.cpp says: ")[2]
-    if os.strerror(errno.ENOMEM) not in said:
+    if not _IS_SHORTAGE.search(said):
         return error
     hint = "close what is not needed, or raise the limit that `ulimit -a` shows"
     return OutOfMemoryError(f"the system refuses memory for `{model}`: {said}", hint=hint)

@@ -331,7 +331,7 @@ impl Context {
         let Some(exported) = self.ask(|reply| Command::Export { tokens, reply })? else {
             return Ok(None);
         };
-        Ok(self.state_kind.map(|kind| exported.to_bytes(kind)))
+        self.state_kind.map(|kind| exported.to_bytes(kind)).transpose()
     }
 
     /// Puts an exported state into the prompt cache; says how many tokens of `tokens` it holds.

@@ -324,6 +324,7 @@ impl LlamaRunner {
             self.forget_all();
             match outcome {
                 Outcome::Done | Outcome::Aborted => {}
+                Outcome::Exhausted => return Err(Error::StepMemory { device: self.device() }),
                 other => {
                     return Err(Error::internal(format!("the first decode failed: {other:?}")));
                 }
@@ -392,6 +393,7 @@ impl LlamaRunner {
             Ok(ffi::DECODE_EXHAUSTED) => Outcome::Exhausted,
             Ok(ffi::DECODE_REFUSED) => Outcome::Refused(self.misfits(batch)),
             Ok(status) => Outcome::Failed(format!("llama_decode gave {status}")),
+            Err(Error::Exhausted { .. }) => Outcome::Exhausted, // it threw
             Err(error) => Outcome::Failed(error.to_string()),
         }
     }
@@ -504,13 +506,17 @@ impl Runner for LlamaRunner {
         if self.is_copying {
             return None; // what is copied arrives with the next decode
         }
-        let mut state = vec![0; self.state_size(slot)];
-        // SAFETY: one of the context's own sequences, and a place as large as was asked for.
-        let written = unsafe {
-            let (place, size) = (state.as_mut_ptr(), state.len());
-            ffi::ta_sequence_state_get(self.context, slot as i32, place, size)
-        };
-        (written > 0 && written == state.len()).then_some(state)
+        let size = self.state_size(slot);
+        let mut state = Vec::new();
+        state.try_reserve_exact(size).ok()?; // where there is no memory, it is computed again
+        // SAFETY: one of the context's own sequences, and a place as large as was asked for, which was
+        // filled as far as llama.cpp says.
+        unsafe {
+            let place = state.as_mut_ptr();
+            let written = ffi::ta_sequence_state_get(self.context, slot as i32, place, size);
+            state.set_len(written.min(size));
+        }
+        (size > 0 && state.len() == size).then_some(state)
     }
 
     fn restore(&mut self, slot: usize, state: &[u8]) -> bool {

@@ -32,8 +32,11 @@ impl Kind {
 }
 
 impl Exported {
-    pub fn to_bytes(&self, kind: Kind) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(HEADER + self.tokens.len() * 4 + self.state.len());
+    pub fn to_bytes(&self, kind: Kind) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        bytes
+            .try_reserve_exact(HEADER + self.tokens.len() * 4 + self.state.len())
+            .map_err(|_| Error::exhausted("memory for a state that is to be saved"))?;
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&FORMAT.to_le_bytes());
         bytes.extend_from_slice(&kind.0.to_le_bytes());
@@ -43,7 +46,7 @@ impl Exported {
         bytes.extend_from_slice(&self.state);
         let sum = checksum(&bytes[HEADER..]);
         bytes[HEADER - 8..HEADER].copy_from_slice(&sum.to_le_bytes());
-        bytes
+        Ok(bytes)
     }
 
     pub fn from_bytes(bytes: &[u8], kind: Kind) -> Result<Exported> {

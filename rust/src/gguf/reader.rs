@@ -24,7 +24,7 @@ impl Reader {
         let metadata = file.metadata().map_err(unreadable)?;
         check_regular(&metadata)?;
         Ok(Reader {
-            file: BufReader::with_capacity(1 << 18, file),
+            file: BufReader::with_capacity(1 << 14, file),
             position: 0,
             size: metadata.len(),
         })

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::cpuid::{self, AMX_STATE, AVX_STATE, AVX512_STATE};
 use crate::error::{Error, Result};
+use crate::ffi;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CpuModule {
@@ -149,13 +150,14 @@ pub fn has_kernels() -> bool {
     HAS_KERNELS.load(Ordering::Relaxed)
 }
 
-fn score(path: &Path) -> std::result::Result<i32, libloading::Error> {
+fn score(path: &Path) -> std::result::Result<i32, String> {
     // SAFETY: the modules of our own package, which llama.cpp would load and ask the same way.
     unsafe {
-        let library = open(path)?;
-        let score = library.get::<unsafe extern "C" fn() -> i32>(b"ggml_backend_score\0")?();
+        let library = open(path).map_err(|e| e.to_string())?;
+        let ask = library.get::<unsafe extern "C" fn() -> i32>(b"ggml_backend_score\0");
+        let score = ffi::module_score(*ask.map_err(|e| e.to_string())?);
         let _ = KEPT.set(library);
-        Ok(score)
+        score.map_err(|e| e.to_string())
     }
 }
 

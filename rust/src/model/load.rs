@@ -45,7 +45,7 @@ pub(super) fn load(
     };
     let repack = config.repack.unwrap_or_else(|| repack_pays(&description));
     let (loaded, errors) = log::listen(|| read(&config, repack, &mut hear));
-    let weights = loaded.ok_or_else(|| {
+    let weights = loaded?.ok_or_else(|| {
         let path = config.path.clone();
         if stopped.get() {
             Error::LoadCancelled { path, percent: percent.get() }
@@ -86,8 +86,10 @@ fn read(
     config: &ModelConfig,
     repack: bool,
     hear: &mut dyn FnMut(f32) -> bool,
-) -> Option<LlamaModel> {
-    let path = CString::new(config.path.to_str()?).ok()?;
+) -> Result<Option<LlamaModel>> {
+    let Some(path) = config.path.to_str().and_then(|path| CString::new(path).ok()) else {
+        return Ok(None);
+    };
     let mut hear = hear;
     // SAFETY: it has no preconditions.
     let mut split = vec![0.0f32; unsafe { sys::llama_max_devices() }];
@@ -123,9 +125,9 @@ fn read(
     params.progress_callback = Some(heard);
     params.progress_callback_user_data = std::ptr::from_mut(&mut hear).cast();
     // SAFETY: the backend has started, and what the parameters point to outlives the call.
-    let weights = unsafe { sys::llama_model_load_from_file(path.as_ptr(), params) };
+    let weights = unsafe { ffi::load_model(&path, &params) }?;
     // SAFETY: see `pointer`; the model is ours alone from here on.
-    NonNull::new(weights).map(|weights| unsafe { std::mem::transmute(weights) })
+    Ok(NonNull::new(weights).map(|weights| unsafe { std::mem::transmute(weights) }))
 }
 
 /// A panic must not cross llama.cpp; it ends the load.
