@@ -161,7 +161,7 @@ MAY_IMPORT = {
     "serve/wire": {".config", ".openai", ".sse"},
     "serve/http": {
         *(".anthropic", ".config", ".control", ".guard", ".llama_server", ".openai", ".openapi"),
-        *(".responses", ".service", ".sse", "errors", "metrics"),
+        *(".responses", ".service", ".sse", "errors", "hardware", "metrics"),
     },
     "serve/listen": {
         *(".config", ".http", ".service", ".wire", "_package", "errors", "manager"),
