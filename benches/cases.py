@@ -414,7 +414,9 @@ CASES = (
         (OURS_ASYNC,),
         (
             Metric("chat_steps", "p99 until a chat's place is free", "steps", targets=(Target(1),)),
+            Metric("chat_p99_ms", "the same", "ms"),
             Metric("step_ms", "a step", "ms"),
+            Metric("step_p99_ms", "p99 of the steps", "ms"),
             Metric("prompt_p99_ms", "p99 until a long prompt's is", "ms"),
         ),
         n_ctx=2560,

@@ -250,3 +250,26 @@ def test_weights_are_mapped_copied_or_laid_out_anew(climb, files):
     # all but the embedding, the output in q6_k, and the norms
     assert 0.8 * size < anew.weights < size
     assert 0 < anew.mapped < 0.2 * size
+
+
+@pytest.mark.parametrize("machine", [NO_GPU, CARD_24, CARD_6])
+def test_a_draft_model_takes_its_share_and_finds_its_place_first(files, machine):
+    size: dict[str, Any] = {"n_ctx": 4096, "max_parallel": 2}
+    both = estimate(files["qwen2.5-7b"], draft=files["qwen2.5-3b"], machine=machine, **size)
+    small = estimate(files["qwen2.5-3b"], machine=machine, **size)
+    large = estimate(files["qwen2.5-7b"], machine=machine.less(small.needs), **size)
+    assert both.gpu_layers == large.gpu_layers
+    assert {share.device: share.draft for share in both.shares} == small.needs
+    assert both.needs == {
+        device: need + small.on(device).needed for device, need in large.needs.items()
+    }
+    assert both.on("cpu").mapped == large.on("cpu").mapped + small.on("cpu").mapped
+    assert "draft model " in str(both)
+    assert "draft model " not in str(large)
+
+
+def test_a_draft_model_pushes_layers_of_the_other_off_the_card(files):
+    def layers(**draft: Any) -> int:
+        return estimate(files["qwen2.5-7b"], machine=CARD_6, n_ctx=4096, **draft).gpu_layers
+
+    assert 0 < layers(draft=files["qwen2.5-3b"]) < layers()

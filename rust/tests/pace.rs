@@ -8,15 +8,17 @@ use tabagent_model::context::Pace;
 struct Machine {
     pace: Pace,
     now: Instant,
+    /// Cores that are left over, if the kernel tells.
+    idle: Option<f64>,
 }
 
 impl Machine {
     fn new(most: u32) -> Machine {
-        Machine { pace: Pace::new(most), now: Instant::now() }
+        Machine { pace: Pace::new(most), now: Instant::now(), idle: None }
     }
 
     fn step(&mut self, is_disturbed: bool) -> u32 {
-        let threads = self.pace.threads(self.now);
+        let threads = self.pace.threads(self.now, || self.idle);
         let elapsed = match (threads, is_disturbed) {
             (2.., true) => Duration::from_millis(100),
             _ => Duration::from_millis(10) / threads,
@@ -89,7 +91,7 @@ fn a_growing_context_is_no_disturbance() {
     let mut now = Instant::now();
     let mut elapsed = Duration::from_millis(5);
     for _ in 0..1000 {
-        assert_eq!(pace.threads(now), 2);
+        assert_eq!(pace.threads(now, || None), 2);
         elapsed = elapsed.mul_f64(1.005);
         now += elapsed;
         pace.took(1, 2, elapsed, None, now);
@@ -101,7 +103,7 @@ fn a_context_that_is_suddenly_long_costs_a_few_steps_on_one_thread() {
     let mut pace = Pace::new(2);
     let mut now = Instant::now();
     let mut step = |milliseconds_with_one: u64| {
-        let threads = pace.threads(now);
+        let threads = pace.threads(now, || None);
         let elapsed = Duration::from_millis(milliseconds_with_one) / threads;
         now += elapsed;
         pace.took(1, threads, elapsed, None, now);
@@ -132,9 +134,9 @@ fn a_step_is_given_up_when_one_thread_would_be_done_four_times_over() {
     assert_eq!(pace.limit(8, 2), Some(Duration::from_millis(320)));
     assert_eq!(pace.limit(1, 1), None);
 
-    assert_eq!(pace.threads(now), 2);
+    assert_eq!(pace.threads(now, || None), 2);
     pace.gave_up(now);
-    assert_eq!(pace.threads(now), 1);
+    assert_eq!(pace.threads(now, || None), 1);
 }
 
 #[test]
@@ -144,10 +146,65 @@ fn a_trial_that_is_given_up_is_repeated_later() {
     pace.took(1, 1, Duration::from_millis(10), None, now);
     pace.gave_up(now);
     let trial = now + Duration::from_millis(100);
-    assert_eq!(pace.threads(trial), 2);
+    assert_eq!(pace.threads(trial, || None), 2);
     pace.gave_up(trial);
-    assert_eq!(pace.threads(trial + Duration::from_millis(199)), 1);
-    assert_eq!(pace.threads(trial + Duration::from_millis(200)), 2);
+    assert_eq!(pace.threads(trial + Duration::from_millis(199), || None), 1);
+    assert_eq!(pace.threads(trial + Duration::from_millis(200), || None), 2);
+}
+
+#[test]
+fn a_trial_is_given_up_as_soon_as_one_thread_would_be_done() {
+    let mut pace = Pace::new(2);
+    let now = Instant::now();
+    pace.took(1, 1, Duration::from_millis(10), None, now);
+    pace.gave_up(now);
+    assert_eq!(pace.threads(now + Duration::from_millis(100), || None), 2);
+    assert_eq!(pace.limit(1, 2), Some(Duration::from_micros(12_500)));
+}
+
+#[test]
+fn while_no_core_is_left_over_a_neighbour_is_disturbed_every_four_seconds_only() {
+    let mut machine = Machine::new(2);
+    machine.steps(10, false);
+    machine.idle = Some(0.3);
+    let begun = machine.now;
+    machine.steps(2000, true);
+    let (mut trials, mut last) = (Vec::new(), machine.now);
+    while machine.now - begun < Duration::from_secs(40) {
+        if machine.step(true) == 2 {
+            trials.push((machine.now - last).as_millis());
+            last = machine.now;
+        }
+    }
+    assert!(trials.len() >= 4, "{trials:?}");
+    assert!(trials[1..].iter().all(|after| (4000..4200).contains(after)), "{trials:?}");
+}
+
+#[test]
+fn a_core_that_is_left_over_brings_the_threads_back_at_once() {
+    let mut machine = Machine::new(2);
+    machine.steps(10, false);
+    machine.idle = Some(0.0);
+    machine.steps(300, true);
+    machine.idle = Some(1.0);
+    let threads = machine.steps(100, false);
+    let back = threads.iter().position(|&threads| threads == 2).expect("a trial");
+    assert!(back <= 11, "after {back} steps of 10 ms");
+    assert_eq!(threads[back..], vec![2; 100 - back]);
+}
+
+#[test]
+fn what_was_idle_before_a_thread_was_taken_out_does_not_count() {
+    let mut pace = Pace::new(2);
+    let now = Instant::now();
+    pace.took(1, 1, Duration::from_millis(10), None, now);
+    pace.gave_up(now);
+    let mut told = vec![0.0, 2.0]; // from the end
+    let threads = [0, 50, 100].map(|after| {
+        let now = now + Duration::from_millis(after);
+        (pace.threads(now, || told.pop()), told.len())
+    });
+    assert_eq!(threads, [(1, 1), (1, 1), (1, 0)]);
 }
 
 #[test]
@@ -159,7 +216,7 @@ fn slow_steps_whose_threads_had_their_cores_are_nobodys_fault() {
         for _ in 0..5 {
             pace.took(1, 2, Duration::from_millis(100), Some(waited), now);
         }
-        pace.threads(now)
+        pace.threads(now, || None)
     };
     assert_eq!(threads_after(Duration::from_millis(2)), 2);
     assert_eq!(threads_after(Duration::from_millis(60)), 1);

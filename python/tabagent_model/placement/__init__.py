@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import hardware
@@ -72,6 +72,7 @@ def estimate(
     model: str | os.PathLike[str] | ModelConfig | None = None,
     /,
     *,
+    draft: str | os.PathLike[str] | None = None,
     machine: Machine | None = None,
     **fields: Unpack[ModelFields],
 ) -> Estimate:
@@ -79,10 +80,32 @@ def estimate(
 
     It takes what `Model.load` takes, and what it tells is for the way the model would be loaded on
     this machine, or on another one that is given as `machine`; where nothing fits, for the way
-    that was asked for.
+    that was asked for. `draft` is the file of a smaller model that is to guess ahead for this one,
+    with as many tokens and sequences: then it is what both take, and the draft finds its place
+    first.
     """
-    rungs = rungs_of(model, machine=machine, **fields)
-    return next((rung for rung in rungs if rung.fits), rungs[0]).estimate
+    config, machine = _asked(model, fields), _machine(machine)
+    alone = _best(config, machine)
+    if draft is None:
+        return alone
+    asked: ModelFields = {
+        "model_path": draft,
+        "n_ctx": alone.n_ctx,
+        "max_parallel": alone.max_parallel,
+        "gpu_layers": "auto",
+        "tensor_split": (),
+    }
+    small = _best(config.with_fields(**asked), machine)
+    large = _best(config, machine.less(small.needs))
+    shares = [
+        replace(
+            large.on(device),
+            mapped=large.on(device).mapped + small.on(device).mapped,
+            draft=small.on(device).needed,
+        )
+        for device in {**large.needs, **small.needs}
+    ]
+    return replace(large, shares=tuple(shares))
 
 
 def rungs_of(
@@ -93,14 +116,24 @@ def rungs_of(
     **fields: Unpack[ModelFields],
 ) -> tuple[Rung, ...]:
     """The ladder for what `Model.load` would be given."""
+    config = _asked(model, fields)
+    return ladder(Header(config.path), config, _machine(machine))
+
+
+def _asked(model: str | os.PathLike[str] | ModelConfig | None, fields: ModelFields) -> ModelConfig:
     from ..params import ModelConfig
 
-    if isinstance(model, ModelConfig):
-        config = model.with_fields(**fields)
-    else:
-        config = ModelConfig(model).with_fields(**fields)
-    machine = hardware.detect() if machine is None else checked_machine(machine)
-    return ladder(Header(config.path), config, machine)
+    config = model if isinstance(model, ModelConfig) else ModelConfig(model)
+    return config.with_fields(**fields)
+
+
+def _machine(machine: Machine | None) -> Machine:
+    return hardware.detect() if machine is None else checked_machine(machine)
+
+
+def _best(config: ModelConfig, machine: Machine) -> Estimate:
+    rungs = ladder(Header(config.path), config, machine)
+    return next((rung for rung in rungs if rung.fits), rungs[0]).estimate
 
 
 def short_of(estimate: Estimate, machine: Machine) -> tuple[str, int, int] | None:

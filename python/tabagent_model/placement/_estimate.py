@@ -50,13 +50,15 @@ class Share:
     compute: int = 0
     other: int = 0
     """The vocabulary and the bookkeeping."""
+    draft: int = 0
+    """All that a smaller model takes that guesses ahead for this one, but its file's pages."""
     cache: int = 0
     """The prompt cache: in an estimate how large it may grow, in the ledger how large it is."""
 
     @property
     def needed(self) -> int:
         """What must be free for it to be loaded: all but the mapped pages and the prompt cache."""
-        return self.weights + self.kv + self.compute + self.other
+        return self.weights + self.kv + self.compute + self.other + self.draft
 
     @property
     def own(self) -> int:
@@ -110,6 +112,7 @@ class Estimate:
                 "keys and values": share.kv,
                 "compute": share.compute,
                 "other": share.other,
+                "draft model": share.draft,
                 "prompt cache up to": share.cache,
             }
             told = ", ".join(f"{name} {shown(size)}" for name, size in parts.items() if size)

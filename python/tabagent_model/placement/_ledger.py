@@ -213,7 +213,7 @@ class Ledger:
 
     def without_reserved(self, machine: Machine) -> Machine:
         with self._lock:
-            return _without(machine, _sum(self._reserved.values()))
+            return machine.less(_sum(self._reserved.values()))
 
     @contextmanager
     def reserved(self, choose: Callable[[Machine], Rung]) -> Iterator[Rung]:
@@ -329,18 +329,6 @@ def _sum(reservations: Iterable[Mapping[str, int]]) -> dict[str, int]:
         for device, size in needs.items():
             found[device] = found.get(device, 0) + size
     return found
-
-
-def _without(machine: Machine, reserved: Mapping[str, int]) -> Machine:
-    def less(free: int | None, device: str) -> int | None:
-        return None if free is None else max(0, free - reserved.get(device, 0))
-
-    memory = replace(machine.memory, available=less(machine.memory.available, "cpu"))
-
-    def gpu_less(gpu: Gpu) -> Gpu:
-        return replace(gpu, free=less(gpu.free, gpu.device)) if gpu.device else gpu
-
-    return replace(machine, memory=memory, gpus=tuple(map(gpu_less, machine.gpus)))
 
 
 def _device(

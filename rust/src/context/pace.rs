@@ -15,11 +15,16 @@ const PATIENCE: u32 = 3;
 const WAITED: f64 = 0.25;
 /// A step that takes so much longer than one thread alone would is not waited for.
 const HOPELESS: f64 = 4.0;
+/// The same for a trial, which has failed when it is not faster than one thread.
+const HOPELESS_TRIAL: f64 = 1.25;
 const LEAST_LIMIT: Duration = Duration::from_millis(5);
 /// What is normal may rise by so much a step: a longer context is no disturbance.
 const DRIFT: f64 = 1.01;
 const FIRST_TRIAL_AFTER: Duration = Duration::from_millis(100);
 const LAST_TRIAL_AFTER: Duration = Duration::from_secs(4);
+/// With less than so much of a core left over nobody needs to try: a neighbour who has come to terms
+/// with us would be disturbed for nothing.
+const LEFT_OVER: f64 = 0.5;
 
 /// Decides before each step how many threads compute it, from how long the last ones took.
 pub struct Pace {
@@ -29,8 +34,12 @@ pub struct Pace {
     known: [Known; 17],
     num_slow: u32,
     trial_at: Option<Instant>,
+    /// Then at the latest, whatever the cores seem to do.
+    trial_by: Option<Instant>,
     trial_after: Duration,
     is_trial: bool,
+    /// What was idle until now says nothing about the time to come.
+    has_changed: bool,
 }
 
 /// Seconds that a step takes.
@@ -51,8 +60,10 @@ impl Pace {
             known: [Known::default(); 17],
             num_slow: 0,
             trial_at: None,
+            trial_by: None,
             trial_after: FIRST_TRIAL_AFTER,
             is_trial: false,
+            has_changed: false,
         }
     }
 
@@ -60,9 +71,20 @@ impl Pace {
         self.most
     }
 
-    /// For the step that is about to begin.
-    pub fn threads(&mut self, now: Instant) -> u32 {
+    /// For the step that is about to begin. `idle` says how many cores were left over since it was asked
+    /// last, if the kernel tells.
+    pub fn threads(&mut self, now: Instant, mut idle: impl FnMut() -> Option<f64>) -> u32 {
+        if std::mem::take(&mut self.has_changed) {
+            idle();
+        }
         self.is_trial = self.trial_at.is_some_and(|at| now >= at);
+        if self.is_trial && self.trial_by.is_some_and(|by| now < by) {
+            let is_taken = idle().is_some_and(|cores| cores < LEFT_OVER);
+            if is_taken {
+                self.is_trial = false;
+                self.trial_at = Some(now + FIRST_TRIAL_AFTER);
+            }
+        }
         if self.is_trial { self.most } else { self.threads }
     }
 
@@ -71,7 +93,8 @@ impl Pace {
         let same = self.known[like(rows)].with_one;
         // A row more never costs more than the first.
         let one = same.or_else(|| Some(self.known[0].with_one? * rows as f64))?;
-        (threads > 1).then(|| Duration::from_secs_f64(one * HOPELESS).max(LEAST_LIMIT))
+        let hopeless = if self.is_trial { HOPELESS_TRIAL } else { HOPELESS };
+        (threads > 1).then(|| Duration::from_secs_f64(one * hopeless).max(LEAST_LIMIT))
     }
 
     /// A step of `rows` rows on `threads` threads took `elapsed` and has just ended. Meanwhile its
@@ -108,7 +131,7 @@ impl Pace {
         self.num_slow = 0;
         if self.threads > 1 {
             self.threads -= 1;
-            self.trial_at = Some(now + self.trial_after);
+            self.try_later(now);
         }
     }
 
@@ -122,8 +145,14 @@ impl Pace {
             self.trial_after = FIRST_TRIAL_AFTER;
         } else {
             self.trial_after = (self.trial_after * 2).min(LAST_TRIAL_AFTER);
-            self.trial_at = Some(now + self.trial_after);
+            self.try_later(now);
         }
+    }
+
+    fn try_later(&mut self, now: Instant) {
+        self.trial_at = Some(now + self.trial_after);
+        self.trial_by = Some(now + LAST_TRIAL_AFTER);
+        self.has_changed = true;
     }
 }
 

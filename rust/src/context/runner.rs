@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::budget::Budget;
-use super::core_waits::CoreWaits;
+use super::core_waits::{CoreWaits, IdleCores};
 use super::pace::Pace;
 use super::pool::{Pool, Turn};
 use crate::config::{ContextConfig, FlashAttention, KvType};
@@ -157,11 +157,12 @@ struct Crew {
     pace: Pace,
     /// Of its threads, where it is known.
     waits: Option<CoreWaits>,
+    idle: IdleCores,
 }
 
 impl Crew {
     fn new(pool: Option<Arc<Pool>>, n_threads: u32) -> Crew {
-        Crew { pool, pace: Pace::new(n_threads), waits: None }
+        Crew { pool, pace: Pace::new(n_threads), waits: None, idle: IdleCores::default() }
     }
 
     /// For the half of so many threads, and on the thread that will ask. Without the threads that it
@@ -184,6 +185,11 @@ impl Crew {
     /// To be called on the thread that will ask.
     fn watch_waits(&mut self) {
         self.waits = self.pool.as_ref().and_then(|pool| CoreWaits::of(pool.workers()));
+    }
+
+    /// For the step that is about to begin.
+    fn threads(&mut self) -> u32 {
+        self.pace.threads(Instant::now(), || self.idle.since_last())
     }
 
     fn waited(&self) -> Option<Duration> {
@@ -437,7 +443,7 @@ impl Runner for LlamaRunner {
         let can_share = count_generating(batch) == batch.len();
         let turn = self.takes_turns.then(|| Turn::take(can_share));
         self.was_shared = turn.as_ref().is_some_and(Turn::is_half);
-        let threads = self.crew(self.was_shared).pace.threads(Instant::now());
+        let threads = self.crew(self.was_shared).threads();
         self.run_on(self.was_shared, threads, batch)
     }
 
