@@ -114,8 +114,8 @@ def beside_prefill(engine: Any, prompt: int, chat: int, chat_is_first: bool, see
 
 
 def cancelling(engine: OursAsync, prompt: int, others: int, times: int, seed: int) -> Figures:
-    """How long after a cancel the place is free: a chat's beside others, and a long prompt's. For the
-    chat it is counted as well how many steps end meanwhile; the one that is under way is the first."""
+    """How long after a cancel the place is free: a chat's beside others, and a long prompt's. For
+    the chat it is counted as well how many steps end meanwhile; the first is the one under way."""
     _warm_up(engine)
     dice = random.Random(seed)
     endless = 10**6
