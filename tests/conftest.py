@@ -7,6 +7,7 @@ import functools
 import gc
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,8 @@ from tabagent_model import (
     ChatStream,
     Model,
     TextStream,
+    _attention,
+    _layouts,
 )
 from tabagent_model.placement._ledger import LEDGER
 from tabagent_model.testing import ScriptedContext
@@ -38,6 +41,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def num_schemas(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--schemas"))
+
+
+@pytest.fixture
+def uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home in which nothing was measured, and a process that has not asked yet."""
+    monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
+    monkeypatch.delenv("TABAGENT_CALIBRATE", raising=False)
+    monkeypatch.setattr(_attention, "_known", {})
+    monkeypatch.setattr(_layouts, "_known", {})
 
 
 class Face:

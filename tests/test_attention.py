@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -30,14 +29,11 @@ class Machine:
 
 
 @pytest.fixture
-def measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Puts other measurements in the place of the real ones, in a home of their own."""
+def measures(monkeypatch: pytest.MonkeyPatch, uncalibrated: None):
+    """Puts other measurements in the place of the real ones."""
 
     def measures(times: Times | None) -> Machine:
         machine = Machine(times)
-        monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
-        monkeypatch.delenv("TABAGENT_CALIBRATE", raising=False)
-        monkeypatch.setattr(_attention, "_known", {})
         monkeypatch.setattr(_native.core, "measure_attention", machine)
         return machine
 

@@ -34,14 +34,11 @@ class Stopwatch:
 
 
 @pytest.fixture
-def measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Puts other measurements in the place of the real ones, in a home of their own."""
+def measures(monkeypatch: pytest.MonkeyPatch, uncalibrated: None):
+    """Puts other measurements in the place of the real ones."""
 
     def measures(times: dict[str, Times] | None) -> Stopwatch:
         stopwatch = Stopwatch(times)
-        monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
-        monkeypatch.delenv("TABAGENT_CALIBRATE", raising=False)
-        monkeypatch.setattr(_layouts, "_known", {})
         monkeypatch.setattr(_native.core, "measure_layouts", stopwatch)
         return stopwatch
 

@@ -107,7 +107,7 @@ def _measure(work: Work) -> Times | None:
     log.info("measuring attention for heads of %d x %d/%d at n_ctx=%d, %d threads", *work)
     times = _native.core.measure_attention(*work)
     if times is None:
-        log.info("the machine is busy; taking the attention of the built-in rule for now")
+        log.info("the machine is busy; in this process the built-in rule chooses attention")
     else:
         _cache().keep(" ".join(map(str, work)), {"+".join(c): t for c, t in times.items()})
     return times

@@ -114,7 +114,7 @@ def _measure(works: list[Work]) -> dict[Work, Times]:
     log.info("measuring layouts of weights in %s, %d threads", ", ".join(types), n_threads)
     times = _native.core.measure_layouts(types, n_threads)
     if times is None:
-        log.info("the machine is busy; laying weights out by the built-in rule for now")
+        log.info("the machine is busy; in this process the built-in rule lays out weights")
         return {}
     found = {Work(kind, n_threads): Times(*seen) for kind, seen in times.items()}
     for work, seen in found.items():

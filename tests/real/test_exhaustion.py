@@ -373,7 +373,7 @@ worker.main(sys.argv[2:], load)
 def test_an_allocation_that_fails_in_the_load_of_a_worker_is_a_typed_error(
     failing_malloc: str, run: Any
 ):
-    """R02: most of them end the worker, and none the program."""
+    """R02: ggml ends the worker at a few of them, and none ends the program."""
     nths = [str(nth) for nth in NTH]
     outcomes = run(WORKERS_WITHOUT_MEMORY, "process", failing_malloc, WORKER_WITHOUT_MEMORY, *nths)
     assert len(outcomes) == len(NTH)

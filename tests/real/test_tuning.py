@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tabagent_model import Model, ModelConfig, _core, _layouts, estimate, hardware
@@ -69,15 +67,11 @@ def test_a_measurement_covers_the_bundled_model_or_says_that_the_machine_is_busy
         assert all(time > 0 for times in found.values() for pace in times for time in pace)
 
 
+@pytest.mark.usefixtures("uncalibrated")
 @pytest.mark.parametrize("anew_is_faster", [True, False])
 def test_what_is_remembered_of_layouts_decides_the_load_and_its_estimate(
-    anew_is_faster: bool,
-    bundled_types: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    anew_is_faster: bool, bundled_types: list[str]
 ):
-    monkeypatch.setenv("TABAGENT_HOME", str(tmp_path))
-    monkeypatch.setattr(_layouts, "_known", {})
     times = [[10, 40], [5, 20]] if anew_is_faster else [[5, 20], [10, 40]]
     for kind in bundled_types:
         _layouts._cache().keep(f"{kind} 1", times)
