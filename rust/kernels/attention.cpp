@@ -29,6 +29,7 @@ constexpr int64_t FEW    = 14;   // up to so many, narrow panels are faster
 constexpr int     BLOCK  = 64;   // cells whose scores are looked at together
 constexpr int     VALUES = 32;   // cells whose values are turned into floats at a time
 constexpr int64_t PART   = 256;  // cells that one thread takes without the others
+constexpr int     LINE   = 64;   // bytes
 
 // The lowest score: as far away as -INFINITY, but the difference of two of them is a number.
 constexpr float NOTHING = -1e30f;
@@ -160,6 +161,41 @@ struct Work {
     }
 };
 
+// Keys or values of one group, from one cell on.
+struct Rows {
+    const uint8_t * at;
+    size_t          step;
+
+    const Half * operator[](int64_t i) const { return reinterpret_cast<const Half *>(at + size_t(i) * step); }
+};
+
+// Where the keys and the values of a block of cells begin, if there is one.
+struct Block {
+    const uint8_t *keys = nullptr, *values = nullptr;
+};
+
+// Calls for memory that will be needed soon, some lines at each turn of a loop that computes something else: many
+// at once would keep the processor waiting as reading does.
+struct Ahead {
+    const uint8_t * at    = nullptr;
+    int             lines = 0;  // at each turn
+
+    Ahead() = default;
+    Ahead(const uint8_t * from, int64_t bytes, int turns)
+        : at(from), lines(int((bytes / LINE + turns - 1) / turns)) {}
+
+    void call(int turn) const {
+        for (int i = 0; i < lines; ++i) {
+            _mm_prefetch(reinterpret_cast<const char *>(at + (turn * lines + i) * LINE), _MM_HINT_T0);
+        }
+    }
+    Ahead after(int turns) const {
+        Ahead other = *this;
+        other.at += turns * lines * LINE;
+        return other;
+    }
+};
+
 // Queries of one panel, and the cells that one thread lets them look at.
 struct Panel {
     const Work & work;
@@ -190,22 +226,30 @@ struct Panel {
     float slope(int i) const { return work.slope(head(i)) * LOG2_E; }
 
     const float * query(int i) const { return Work::row<float>(work.q, token(i), head(i), stream); }
-    const Half *  key(int64_t cell) const { return Work::row<Half>(work.k, cell, group, stream); }
-    const Half *  value(int64_t cell) const { return Work::row<Half>(work.v, cell, group, stream); }
-    // Groups lie side by side, and a processor that reads one of them does not see what comes next in memory,
-    // nor do prefetches help it. So a block is read once from end to end before any group needs it: up to
-    // 2.4 times as fast, where the cache of a layer is larger than the processor's.
+    Rows          keys(int64_t cell) const { return {Work::row<uint8_t>(work.k, cell, group, stream), work.k->nb[1]}; }
+    Rows          values(int64_t cell) const { return {Work::row<uint8_t>(work.v, cell, group, stream), work.v->nb[1]}; }
+    Block         block(int64_t cell) const { return {keys(cell).at, values(cell).at}; }
+
+    // Groups lie side by side, and a processor that reads one of them does not see what comes next in memory. With
+    // two queries and more of each, computing a block takes so long that the lines of the next can be called for
+    // meanwhile, if they follow each other. A single one does little but read.
+    bool calls_ahead() const {
+        const size_t bytes = size_t(n_groups * work.dim) * sizeof(Half);
+        return height > 1 && work.k->nb[1] == bytes && work.v->nb[1] == bytes;
+    }
+
+    // What was not called for is read once from end to end before any group needs it: up to 2.4 times as fast,
+    // where the cache of a layer is larger than the processor's.
     void read_ahead(int64_t cell, int64_t count) const {
         if (n_groups == 1) {
             return;
         }
         const int64_t bytes = n_groups * work.dim * int64_t(sizeof(Half));
         __m512i       seen  = _mm512_setzero_si512();
-        for (const ggml_tensor * tensor : {work.k, work.v}) {
-            for (int64_t c = cell; c < cell + count; ++c) {
-                const auto * at = Work::row<uint8_t>(tensor, c, group, stream);
-                for (int64_t i = 0; i + 64 <= bytes; i += 64) {
-                    seen = _mm512_xor_si512(seen, _mm512_loadu_si512(at + i));
+        for (const Rows & rows : {keys(cell), values(cell)}) {
+            for (int64_t c = 0; c < count; ++c) {
+                for (int64_t i = 0; i + LINE <= bytes; i += LINE) {
+                    seen = _mm512_xor_si512(seen, _mm512_loadu_si512(reinterpret_cast<const uint8_t *>(rows[c]) + i));
                 }
             }
         }
@@ -289,7 +333,8 @@ class WidePanel {
         }
     }
 
-    void attend() {
+    // Inlined, or what is stored counts as a change of every member: a third slower.
+    [[gnu::always_inline]] void attend() {
         for (int64_t from = 0; from < panel.work.n_cells; from += PART) {
             const int64_t to = std::min(panel.work.n_cells, from + PART);
             if (panel.sight(from, to - from) == Panel::NONE) {
@@ -319,11 +364,11 @@ class WidePanel {
   private:
     void score(int64_t cell, int count, Panel::Sight sight) {
         for (int first = 0; first < count; first += LANES) {
-            const int n = std::min(LANES, count - first);
+            const int  n    = std::min(LANES, count - first);
+            const Rows keys = panel.keys(cell + first);
             for (int c = 0; c < n; ++c) {
-                const Half * key = panel.key(cell + first + c);
                 for (int64_t d = 0; d < dim; d += LANES) {
-                    _mm512_storeu_ps(values + c * dim + d, to_floats(key + d));
+                    _mm512_storeu_ps(values + c * dim + d, to_floats(keys[c] + d));
                 }
             }
             __m512 s[LANES];
@@ -385,11 +430,11 @@ class WidePanel {
 
     void add_values(int64_t cell, int count, __m512 fade) {
         for (int first = 0; first < count; first += VALUES) {
-            const int n = std::min(VALUES, count - first);
+            const int  n    = std::min(VALUES, count - first);
+            const Rows rows = panel.values(cell + first);
             for (int c = 0; c < n; ++c) {
-                const Half * value = panel.value(cell + first + c);
                 for (int64_t d = 0; d < dim; d += LANES) {
-                    _mm512_storeu_ps(values + c * dim + d, to_floats(value + d));
+                    _mm512_storeu_ps(values + c * dim + d, to_floats(rows[c] + d));
                 }
             }
             for (int64_t d = 0; d < dim; d += LANES) {
@@ -430,9 +475,23 @@ class WidePanel {
     }
 };
 
+// Queries are computed in batches, of one to four.
+constexpr int n_batches(int n_queries, int most) { return (n_queries + most - 1) / most; }
+
+template <int MOST, class F> void for_each_batch(int n_queries, const F & f) {
+    for (int r = 0; r < n_queries; r += MOST) {
+        switch (std::min(MOST, n_queries - r)) {
+            case 1: f(r, std::integral_constant<int, 1>()); break;
+            case 2: f(r, std::integral_constant<int, std::min(MOST, 2)>()); break;
+            case 3: f(r, std::integral_constant<int, std::min(MOST, 3)>()); break;
+            case 4: f(r, std::integral_constant<int, std::min(MOST, 4)>()); break;
+        }
+    }
+}
+
 // The weighted values of a block of cells are added to `R` queries' sums.
 template <int N, int R>
-void add_values(const Panel & panel, int64_t cell, int count, const float * weights, const float * fade, float * sum) {
+void add_values(Rows values, int count, const float * weights, const float * fade, float * sum, Ahead ahead) {
     constexpr int DIM = N * LANES;
     __m512        s[R][N];
     for (int r = 0; r < R; ++r) {
@@ -441,10 +500,10 @@ void add_values(const Panel & panel, int64_t cell, int count, const float * weig
         }
     }
     for (int c = 0; c < count; ++c) {
-        const Half * value = panel.value(cell + c);
-        __m512       v[N];
+        ahead.call(c);
+        __m512 v[N];
         for (int n = 0; n < N; ++n) {
-            v[n] = to_floats(value + n * LANES);
+            v[n] = to_floats(values[c] + n * LANES);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
@@ -463,7 +522,7 @@ void add_values(const Panel & panel, int64_t cell, int count, const float * weig
 }
 
 // The scores of `R` queries with the keys of a block: of sixteen cells after the other, one value of all.
-template <int R> void score(int64_t dim, const float * keys, const float * q, float * scores) {
+template <int R> void score(int64_t dim, const float * keys, const float * q, float * scores, Ahead ahead) {
     constexpr int N = BLOCK / LANES;
     __m512        s[R][N];
     for (int r = 0; r < R; ++r) {
@@ -472,6 +531,7 @@ template <int R> void score(int64_t dim, const float * keys, const float * q, fl
         }
     }
     for (int64_t d = 0; d < dim; ++d) {
+        ahead.call(d);
         __m512 k[N];
         for (int n = 0; n < N; ++n) {
             k[n] = _mm512_loadu_ps(keys + (n * dim + d) * LANES);
@@ -493,13 +553,14 @@ template <int R> void score(int64_t dim, const float * keys, const float * q, fl
 // The weights of a block of cells for one group's queries; what was summed so far is to fade by `fade`.
 template <int N>
 void weigh(const Panel & panel, int64_t cell, int count, Panel::Sight sight, const float * q, float * keys,
-           float * highest, float * totals, float * weights, float * fade) {
-    constexpr int DIM = N * LANES;
+           float * highest, float * totals, float * weights, float * fade, Ahead ahead) {
+    constexpr int DIM  = N * LANES;
+    const Rows    rows = panel.keys(cell);
     for (int first = 0; first < BLOCK; first += LANES) {
         for (int n = 0; n < N; ++n) {
             __m512 x[LANES];
             for (int c = 0; c < LANES; ++c) {
-                x[c] = to_floats(panel.key(cell + std::min(first + c, count - 1)) + n * LANES);
+                x[c] = to_floats(rows[std::min(first + c, count - 1)] + n * LANES);
             }
             transpose(x);
             for (int i = 0; i < LANES; ++i) {
@@ -507,16 +568,9 @@ void weigh(const Panel & panel, int64_t cell, int count, Panel::Sight sight, con
             }
         }
     }
-    for (int r = 0; r < panel.height;) {
-        const int left = panel.height - r;
-        if (left >= 4) {
-            score<4>(DIM, keys, q + r * DIM, weights + r * BLOCK), r += 4;
-        } else if (left >= 2) {
-            score<2>(DIM, keys, q + r * DIM, weights + r * BLOCK), r += 2;
-        } else {
-            score<1>(DIM, keys, q + r * DIM, weights + r * BLOCK), r += 1;
-        }
-    }
+    for_each_batch<4>(panel.height, [&](int r, auto n) {
+        score<n>(DIM, keys, q + r * DIM, weights + r * BLOCK, ahead.after(r / 4 * DIM));
+    });
     for (int r = 0; r < panel.height; ++r) {
         float * of     = weights + r * BLOCK;
         __m512  higher = _mm512_set1_ps(highest[r]);
@@ -546,8 +600,9 @@ void weigh(const Panel & panel, int64_t cell, int count, Panel::Sight sight, con
     }
 }
 
-// A few queries of each group, of `N` registers each, and one part of the cells.
-template <int N> void attend_narrow(const Panel & panel, float * part) {
+// A few queries of each group, of `N` registers each, and one part of the cells. While a block is computed, the next is
+// called for, and at last the one that is to come after this part, if any.
+template <int N> void attend_narrow(const Panel & panel, float * part, bool is_called, Block coming) {
     constexpr int DIM     = N * LANES;
     const int64_t n_all   = panel.n_groups * NARROW;
     float *       q       = panel.own;               // n_all x DIM
@@ -567,35 +622,34 @@ template <int N> void attend_narrow(const Panel & panel, float * part) {
             }
         }
     }
+    const bool calls = panel.calls_ahead();
     for (int64_t cell = panel.from; cell < panel.to; cell += BLOCK) {
         const int          count = int(std::min<int64_t>(BLOCK, panel.to - cell));
         const Panel::Sight sight = panel.sight(cell, count);
         if (sight == Panel::NONE) {
+            is_called = false;
             continue;
         }
-        panel.read_ahead(cell, count);
+        if (!is_called) {
+            panel.read_ahead(cell, count);
+        }
+        const Block next = cell + BLOCK < panel.to ? panel.block(cell + BLOCK) : coming;
+        is_called        = calls && next.keys;
         for (int64_t g = 0; g < panel.n_groups; ++g) {
-            const Panel   one = panel.of_group(g);
-            const int64_t at  = g * NARROW;
-            weigh<N>(one, cell, count, sight, q + at * DIM, keys, highest + at, totals + at * LANES, weights, fade);
-            // As many queries at a time as there are registers for.
-            constexpr int MOST = std::max(1, 28 / N - 1);
-            for (int r = 0; r < panel.height;) {
-                const int  left = panel.height - r;
-                const auto add  = [&](auto rows) {
-                    add_values<N, rows>(one, cell, count, weights + r * BLOCK, fade + r, sum + (at + r) * DIM);
-                    r += rows;
-                };
-                if (MOST >= 4 && left >= 4) {
-                    add(std::integral_constant<int, std::min(MOST, 4)>());
-                } else if (MOST >= 3 && left >= 3) {
-                    add(std::integral_constant<int, std::min(MOST, 3)>());
-                } else if (MOST >= 2 && left >= 2) {
-                    add(std::integral_constant<int, std::min(MOST, 2)>());
-                } else {
-                    add(std::integral_constant<int, 1>());
-                }
+            const Panel   one   = panel.of_group(g);
+            const int64_t at    = g * NARROW;
+            constexpr int BYTES = BLOCK * DIM * int(sizeof(Half)), MOST = std::clamp(28 / N - 1, 1, 4);  // by registers
+            Ahead         of_keys, of_values;
+            if (is_called) {
+                of_keys   = Ahead(next.keys + g * BYTES, BYTES, n_batches(panel.height, 4) * DIM);
+                of_values = Ahead(next.values + g * BYTES, BYTES, n_batches(panel.height, MOST) * BLOCK);
             }
+            weigh<N>(one, cell, count, sight, q + at * DIM, keys, highest + at, totals + at * LANES, weights, fade,
+                     of_keys);
+            for_each_batch<MOST>(panel.height, [&](int r, auto n) {
+                add_values<N, n>(one.values(cell), count, weights + r * BLOCK, fade + r, sum + (at + r) * DIM,
+                                 of_values.after(r / MOST * BLOCK));
+            });
         }
     }
     for (int64_t g = 0; g < panel.n_groups; ++g) {
@@ -609,14 +663,14 @@ template <int N> void attend_narrow(const Panel & panel, float * part) {
     }
 }
 
-void attend_narrow(const Panel & panel, float * part) {
+void attend_narrow(const Panel & panel, float * part, bool is_called, Block coming) {
     switch (panel.work.dim / LANES) {
-        case 2: return attend_narrow<2>(panel, part);
-        case 4: return attend_narrow<4>(panel, part);
-        case 5: return attend_narrow<5>(panel, part);
-        case 6: return attend_narrow<6>(panel, part);
-        case 8: return attend_narrow<8>(panel, part);
-        case 16: return attend_narrow<16>(panel, part);
+        case 2: return attend_narrow<2>(panel, part, is_called, coming);
+        case 4: return attend_narrow<4>(panel, part, is_called, coming);
+        case 5: return attend_narrow<5>(panel, part, is_called, coming);
+        case 6: return attend_narrow<6>(panel, part, is_called, coming);
+        case 8: return attend_narrow<8>(panel, part, is_called, coming);
+        case 16: return attend_narrow<16>(panel, part, is_called, coming);
     }
 }
 
@@ -663,10 +717,15 @@ class Attention final : public ggml::cpu::tensor_traits {
             ggml_threadpool_chunk_set(params->threadpool, params->nth);
         }
         ggml_barrier(params->threadpool);
+        const auto piece  = [&](int64_t i) { return Panel(work, i / work.n_parts, i % work.n_parts, own); };
+        int64_t    called = -1;
         for (int64_t i = params->ith; i < work.n_pieces(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
             if (work.is_narrow()) {
-                const Panel panel(work, i / work.n_parts, i % work.n_parts, own);
-                attend_narrow(panel, rest + size_t(i) * work.part_size());
+                // Threads take turns, so this is most likely what comes next.
+                const int64_t next   = i + params->nth;
+                const Block   coming = next < work.n_pieces() ? piece(next).block(piece(next).from) : Block();
+                attend_narrow(piece(i), rest + size_t(i) * work.part_size(), i == called, coming);
+                called = piece(i).calls_ahead() ? next : -1;
             } else {
                 // The last tokens of a prompt see the most: they come first, so that nobody waits for them.
                 WidePanel(Panel(work, work.n_places() - 1 - i, 0, own)).attend();
