@@ -84,7 +84,7 @@ template <int FROM, int TO> inline __m512i add_products(__m512i sum, const Regis
 
 // Where weights come from memory, few rows of input wait for it; what lies so many bytes further on is called for
 // meanwhile. Many rows compute for longer than that takes, and all but the first sixteen find them in the cache.
-constexpr int     AHEAD = 2048;
+constexpr int     AHEAD = 4096;
 constexpr int64_t MANY  = 64;
 
 // The products of a tile with `R` rows of input; of each row, sixteen numbers.
