@@ -7,6 +7,8 @@ really loaded, and a prompt of a full pass is really read.
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from gguf_shapes import Shape, hollow_gguf
 from tabagent_model import Model, ModelConfig, _core, estimate, hardware, memory
 from tabagent_model.hardware import MIB
-from tabagent_model.placement._estimate import Estimate
+from tabagent_model.placement._estimate import Estimate, Share
 
 pytestmark = pytest.mark.model
 
@@ -34,7 +36,7 @@ CONTEXTS: list[dict[str, Any]] = [
 
 
 def close(estimated: float, found: float) -> bool:
-    return abs(estimated - found) <= 0.1 * found + 32 * MIB
+    return abs(estimated - found) <= 0.1 * found + 16 * MIB
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -45,8 +47,26 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("fields", CONTEXTS, ids=str)
 def test_the_estimate_is_what_it_takes(file: Path, fields: dict[str, Any]):
+    # What the allocator kept of earlier models would be taken again, and not be seen.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        expected, share, taken = fresh.submit(what_it_takes, file, fields).result()
+    told = {
+        name: (round(getattr(expected, name) / MIB, 1), round(getattr(share, name) / MIB, 1))
+        for name in ("weights", "mapped", "kv", "compute")
+    }
+    print(
+        f"{fields}: estimated and allocated {told}, estimated {expected.needed / MIB:.1f},"
+        f" taken {taken / MIB:.1f}"
+    )
+    assert expected.weights == pytest.approx(share.weights, rel=0.001, abs=MIB)
+    assert expected.kv == share.kv
+    assert close(expected.mapped, share.mapped)
+    assert close(expected.compute, share.compute)
+    assert close(expected.needed, taken)
+
+
+def what_it_takes(file: Path, fields: dict[str, Any]) -> tuple[Share, Share, int]:
     config = ModelConfig(file, n_threads=2, warmup=True, device="cpu", **fields)
-    gc.collect()  # what others left behind is given back when the first model goes
     with Model.load(config):  # so that attention is measured, and libraries have their own
         pass
     gc.collect()
@@ -54,25 +74,11 @@ def test_the_estimate_is_what_it_takes(file: Path, fields: dict[str, Any]):
     expected = estimate(config).on("cpu")
     with Model.load(config) as model:
         (found,) = [m for m in memory().models if m.path == str(file)]
-        share = found.shares[0]
         # Without flash attention there is a score for each cell, and what no pass has touched of a
         # buffer is allocated, but not there yet.
         is_flash = model.info()["flash_attn"] == "on"
         model.generate([1] * min(config.n_ctx - 2, 520 if is_flash else config.n_ctx), max_tokens=1)
-        taken = private() - before
-        told = {
-            name: (round(getattr(expected, name) / MIB, 1), round(getattr(share, name) / MIB, 1))
-            for name in ("weights", "mapped", "kv", "compute")
-        }
-        print(
-            f"{fields}: estimated and allocated {told}, estimated {expected.needed / MIB:.1f},"
-            f" taken {taken / MIB:.1f}, info {model.info()['flash_attn']}"
-        )
-    assert expected.weights == pytest.approx(share.weights, rel=0.001, abs=MIB)
-    assert expected.kv == share.kv
-    assert close(expected.mapped, share.mapped)
-    assert close(expected.compute, share.compute)
-    assert close(expected.needed, taken)
+        return expected, found.shares[0], private() - before
 
 
 def private() -> int:
